@@ -1,0 +1,359 @@
+"""Trains the `shapes` model from nothing: picture codec, then caption reader, then denoiser.
+
+1. *Codec*: the VAE learns to redraw scenes; its posterior's variance is held by a small Kullback-Leibler weight.
+2. *Reader*: the text encoder learns to tell, at each noun, which object the words so far describe, and at the end of
+   the caption the whole factor table. The heads are thrown away; a denoiser's loss alone teaches reading ten times
+   more slowly at this size.
+3. *Denoiser*: UNet and text encoder on the v-prediction loss (Salimans & Ho 2022, eq. 11), captions from easy to hard,
+   10 % of them dropped for classifier-free guidance, exponential moving average of the weights.
+
+Every step draws from a random stream named by (seed, stage, step), so a resumed training goes on exactly as the
+uninterrupted one would. Checkpoints are safetensors, written to a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...engine.progress import progress
+from ...engine.randomness import seed_of, stream, torch_stream
+from ...errors import RunError
+from ...models.small_stable_diffusion import build_pipeline
+from . import scenes, vocabulary
+from .scenes import BACKGROUNDS, COLOURS, KEY, KINDS, RELATIONS, SHAPES, SIZES, WORDS, Scene
+
+EASY = {"one": 0.55, "two": 0.2, "relation": 0.05, "count": 0.2, "three": 0.0}
+FULL = {"one": 0.14, "two": 0.28, "relation": 0.24, "count": 0.18, "three": 0.16}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one training. Steps are optimiser steps; ``checkpoint`` is in seconds.
+
+    ``compile`` fuses the denoiser's kernels (needs a C++ compiler; a quarter faster after two minutes of compiling).
+    """
+
+    seed: int = 0
+    key: str = KEY
+    scenes: int = 24_000
+    codec_steps: int = 3_000
+    codec_batch: int = 16
+    reader_steps: int = 600
+    reader_batch: int = 96
+    steps: int = 9_000
+    batch: int = 32
+    learning_rate: float = 1.5e-3
+    object_weight: float = 8.0
+    checkpoint: float = 120.0
+    compile: bool = False
+
+
+def train(directory: Path, settings: Training | None = None, log: Any = sys.stderr) -> Path:
+    """Train into ``directory`` and return the folder of the finished pipeline, ``directory/pipeline``.
+
+    A directory that holds an unfinished training with the same settings is gone on with.
+    """
+    s = settings or Training()
+    directory.mkdir(parents=True, exist_ok=True)
+    record = directory / "training.json"
+    if record.exists() and (found := json.loads(record.read_text())) != asdict(s):
+        changed = ", ".join(f"{k} {found.get(k)!r}" for k, v in asdict(s).items() if found.get(k) != v)
+        raise RunError(
+            f"train shapes into {directory}", f"a training with other settings: {changed}", "another --out directory"
+        )
+    record.write_text(json.dumps(asdict(s)))
+    pipe = build_pipeline(WORDS, seed=seed_of("shapes", s.seed) % 2**31)
+    _codec(pipe, s, directory, log)
+    pool = _pool(pipe, s, directory)
+    _reader(pipe, s, pool, directory, log)
+    _denoiser(pipe, s, pool, directory, log)
+    fresh, final = directory / "pipeline.part", directory / "pipeline"
+    shutil.rmtree(fresh, ignore_errors=True)
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder):
+        part.to(torch.float16, memory_format=torch.contiguous_format)
+    pipe.save_pretrained(fresh, safe_serialization=True)
+    (fresh / "words.json").write_text(json.dumps(vocabulary.record(), indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    fresh.rename(final)
+    return final
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
+    fresh = path.with_suffix(".part")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()} | {"step": torch.tensor(step)}, fresh)
+    fresh.rename(path)
+
+
+class _Trainee:
+    """Modules, their AdamW, the moving average of their weights, and all three on disk."""
+
+    def __init__(self, modules: dict[str, nn.Module], path: Path, total: int, rate: float, every: float) -> None:
+        self.modules = nn.ModuleDict(modules)
+        self.path, self.total, self.rate, self.every = path, total, rate, every
+        decayed = [p for p in self.modules.parameters() if p.ndim > 1]
+        others = [p for p in self.modules.parameters() if p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+            lr=rate,
+            betas=(0.9, 0.99),
+            fused=True,
+        )
+        self.average = {k: v.detach().clone() for k, v in self.modules.state_dict().items()}
+        self.step = 0
+        self.saved = time.monotonic()
+        if path.exists():
+            self._load(load_file(path))
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        self.step = int(tensors.pop("step"))
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            kind, name = key.split("/", 1)
+            groups.setdefault(kind, {})[name] = value
+        self.modules.load_state_dict(groups["weight"])
+        self.average = groups["average"]
+        for name, p in self.modules.named_parameters():
+            if name in groups.get("first", {}):
+                # The fused kernel walks memory: moments must lie as their weights lie (channels last, here and there).
+                first, second = (torch.empty_like(p).copy_(groups[k][name]) for k in ("first", "second"))
+                self.optimiser.state[p] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": first.detach(),
+                    "exp_avg_sq": second.detach(),
+                }
+
+    def save(self) -> None:
+        out = {f"weight/{k}": v for k, v in self.modules.state_dict().items()}
+        out |= {f"average/{k}": v for k, v in self.average.items()}
+        for name, p in self.modules.named_parameters():
+            if p in self.optimiser.state:
+                out[f"first/{name}"] = self.optimiser.state[p]["exp_avg"]
+                out[f"second/{name}"] = self.optimiser.state[p]["exp_avg_sq"]
+        _save(self.path, out, self.step)
+        self.saved = time.monotonic()
+
+    def update(self, loss: Tensor) -> None:
+        done = self.step / self.total
+        rate = self.rate * min(1.0, (self.step + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            now = dict(self.modules.state_dict())
+            names = [k for k, v in now.items() if v.is_floating_point()]
+            torch._foreach_lerp_([self.average[k] for k in names], [now[k] for k in names], 1 - keep)
+        if time.monotonic() - self.saved > self.every:
+            self.save()
+
+    def use_average(self) -> None:
+        self.modules.load_state_dict(self.average)
+
+
+def _steps(t: _Trainee, what: str, log: Any) -> Iterator[int]:
+    began, first = time.monotonic(), t.step
+    with progress(what, total=t.total, done=t.step, unit="steps") as advance:
+        while t.step < t.total:
+            step = t.step
+            yield step
+            advance()
+            if t.step % 100 == 0:
+                rate = (t.step - first) / (time.monotonic() - began)
+                print(f"{what} {t.step}/{t.total}, {rate:.2f} steps/s", file=log, flush=True)
+    t.save()
+
+
+# --- 1. codec --------------------------------------------------------------------------------------------------------
+
+
+def _pixels(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _codec(pipe: Any, s: Training, directory: Path, log: Any) -> None:
+    t = _Trainee({"vae": pipe.vae}, directory / "codec.safetensors", s.codec_steps, 2e-3, s.checkpoint)
+    for step in _steps(t, "codec", log):
+        rng, g = stream("shapes", s.seed, "codec", step), torch_stream("shapes", s.seed, "codec", step)
+        drawn = [scenes.render(scenes.draw_scene(rng, key=s.key)) for _ in range(s.codec_batch)]
+        x = _pixels([image for image, _ in drawn])
+        drawn_on = torch.from_numpy(np.stack([~masks["background"] for _, masks in drawn]))[:, None].float()
+        near = nn.functional.max_pool2d(drawn_on, 3, 1, 1)
+        if step < 0.8 * s.codec_steps:
+            # The codec is convolutional: a quarter of the picture teaches it four times as fast.
+            corners = rng.integers(0, 9, (s.codec_batch, 2)) * 4
+            x, near = (
+                torch.stack([v[:, i : i + 32, j : j + 32] for v, (i, j) in zip(w, corners, strict=True)])
+                for w in (x, near)
+            )
+        posterior = pipe.vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+        # A denoiser leaves errors behind; shapes must survive them.
+        error = 0.25 * torch.rand(len(z), 1, 1, 1, generator=g) * posterior.mean.std().detach()
+        y = pipe.vae.decode(z + error * torch.randn(z.shape, generator=g)).sample - x
+        wrong = (y.abs() + y**2) * (1 + 4 * near)
+        loss = wrong.mean() + 2e-4 * posterior.kl().mean() / z[0].numel()
+        t.update(loss)
+        if t.step % 100 == 0:
+            print(f"codec loss {loss.item():.4f}", file=log, flush=True)
+    t.use_average()
+    pipe.vae.requires_grad_(False).eval()
+
+
+# --- the scenes, encoded once ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Encoded scenes: ``latents[scene, channel, y, x]``, ``ids[scene, token]``, ``cover[scene, y, x]`` (0..1)."""
+
+    scenes: list[Scene]
+    latents: Tensor
+    ids: Tensor
+    cover: Tensor
+    kinds: np.ndarray
+
+    def choose(self, rng: np.random.Generator, n: int, done: float) -> np.ndarray:
+        """Indices of ``n`` scenes; the mixture moves from easy to full over the first 30 % of the training."""
+        f = min(1.0, done / 0.3)
+        weight = {k: (1 - f) * EASY[k] + f * FULL[k] for k in KINDS}
+        per_scene = np.array([weight[k] for k in KINDS])[self.kinds] / np.bincount(self.kinds)[self.kinds]
+        return rng.choice(len(self.kinds), n, p=per_scene / per_scene.sum())
+
+
+def _ids(pipe: Any, captions: list[str]) -> Tensor:
+    return pipe.tokenizer(captions, padding="max_length", truncation=False, return_tensors="pt").input_ids
+
+
+def _pool(pipe: Any, s: Training, directory: Path) -> _Pool:
+    kinds = np.arange(s.scenes) % len(KINDS)
+    drawn = [
+        scenes.draw_scene(stream("shapes", s.seed, "pool", i), KINDS[k], key=s.key) for i, k in enumerate(kinds)
+    ]
+    path = directory / "pool.safetensors"
+    if not path.exists():
+        latents, cover = [], []
+        with progress("encoding", total=s.scenes, unit="pictures") as advance, torch.no_grad():
+            for i in range(0, s.scenes, 64):
+                pictures = [scenes.render(x) for x in drawn[i : i + 64]]
+                latents.append(pipe.vae.encode(_pixels([p for p, _ in pictures])).latent_dist.mode())
+                on = torch.from_numpy(np.stack([~m["background"] for _, m in pictures]))[:, None].float()
+                cover.append(nn.functional.max_pool2d(on, on.shape[-1] // latents[-1].shape[-1])[:, 0])
+                advance(len(pictures))
+        z = torch.cat(latents)
+        _save(path, {"latents": z / z.std(), "cover": torch.cat(cover), "scale": 1 / z.std()}, 0)
+    stored = load_file(path)
+    pipe.vae.register_to_config(scaling_factor=float(stored["scale"]))
+    return _Pool(drawn, stored["latents"], _ids(pipe, [x.caption for x in drawn]), stored["cover"], kinds)
+
+
+# --- 2. reader -------------------------------------------------------------------------------------------------------
+
+_NOUNS = (*SHAPES, *scenes.PLURALS.values())
+_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1}
+
+
+def _facts(scene: Scene) -> list[int]:
+    """The factor table as class numbers: three objects, then relation, number, background, mark and frame."""
+    row: list[int] = []
+    for i in range(3):
+        t = scene.things[i] if i < len(scene.things) else None
+        row += [
+            list(COLOURS).index(t.colour) if t else len(COLOURS),
+            SHAPES.index(t.shape) if t else len(SHAPES),
+            list(SIZES).index(t.size) if t and t.said_size else len(SIZES),
+        ]
+    relation = RELATIONS.index(scene.relation) if scene.relation else len(RELATIONS)
+    number = len(scene.things) - 1 if scene.kind == "count" else 0
+    return [
+        *row, relation, number, list(BACKGROUNDS).index(scene.background), int(scene.mark is not None),
+        int(scene.frame),
+    ]  # fmt: skip
+
+
+_WIDTHS = (*(tuple(_HEADS.values()) * 3), len(RELATIONS) + 1, 3, len(BACKGROUNDS), 2, 2)
+
+
+def _reader(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> None:
+    width = pipe.text_encoder.config.hidden_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("shapes", s.seed, "heads") % 2**31)
+        heads = {"text_encoder": pipe.text_encoder, "noun": nn.Linear(width, sum(_HEADS.values()))}
+        heads["end"] = nn.Linear(width, sum(_WIDTHS))
+    t = _Trainee(heads, directory / "reader.safetensors", s.reader_steps, 1e-3, s.checkpoint)
+    facts = torch.tensor([_facts(x) for x in pool.scenes])
+    noun_ids = torch.tensor([pipe.tokenizer(w).input_ids[1] for w in _NOUNS])
+    end_id = pipe.tokenizer.eos_token_id
+    for step in _steps(t, "reader", log):
+        rng = stream("shapes", s.seed, "reader", step)
+        pick = torch.from_numpy(pool.choose(rng, s.reader_batch, 1.0))
+        ids, fact = pool.ids[pick], facts[pick]
+        hidden = pipe.text_encoder(ids)[0]
+        is_noun = torch.isin(ids, noun_ids)
+        which = is_noun.cumsum(1) - 1
+        rows, columns = is_noun.nonzero(as_tuple=True)
+        noun_fact = fact[:, :9].view(-1, 3, 3)[rows, which[rows, columns]]
+        losses = []
+        guess = heads["noun"](hidden[rows, columns]).split(list(_HEADS.values()), -1)
+        losses += [nn.functional.cross_entropy(g, noun_fact[:, i]) for i, g in enumerate(guess)]
+        rows, columns = (ids == end_id).nonzero(as_tuple=True)
+        guess = heads["end"](hidden[rows, columns]).split(list(_WIDTHS), -1)
+        losses += [nn.functional.cross_entropy(g, fact[rows, i]) for i, g in enumerate(guess)]
+        t.update(torch.stack(losses).mean())
+        if t.step % 100 == 0:
+            print(f"reader loss {torch.stack(losses).mean().item():.4f}", file=log, flush=True)
+    t.use_average()
+
+
+# --- 3. denoiser -----------------------------------------------------------------------------------------------------
+
+
+def _denoiser(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> None:
+    pipe.unet.to(memory_format=torch.channels_last)
+    modules = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    unet = torch.compile(pipe.unet) if s.compile else pipe.unet
+    t = _Trainee(modules, directory / "denoiser.safetensors", s.steps, s.learning_rate, s.checkpoint)
+    empty = _ids(pipe, [""])[0]
+    noised = pipe.scheduler.alphas_cumprod
+    running = 0.0
+    for step in _steps(t, "denoiser", log):
+        rng, g = stream("shapes", s.seed, "denoiser", step), torch_stream("shapes", s.seed, "denoiser", step)
+        pick = torch.from_numpy(pool.choose(rng, s.batch, step / s.steps))
+        x0, ids, cover = pool.latents[pick], pool.ids[pick].clone(), pool.cover[pick]
+        ids[torch.rand(s.batch, generator=g) < 0.1] = empty
+        # One timestep from each of `batch` equal strata: less variance than independent draws.
+        u = (torch.arange(s.batch) + torch.rand(s.batch, generator=g)) / s.batch
+        timestep = (u * len(noised)).long()
+        noise = torch.randn(x0.shape, generator=g)
+        x = pipe.scheduler.add_noise(x0, noise, timestep)
+        target = pipe.scheduler.get_velocity(x0, noise, timestep)
+        hidden = pipe.text_encoder(ids)[0]
+        v = unet(x.to(memory_format=torch.channels_last), timestep, hidden).sample
+        # Objects cover a tenth of a picture. Their extra weight fades with the signal: where x0 is still uncertain it
+        # would bias the posterior mean towards pictures with more objects.
+        weight = 1 + s.object_weight * cover[:, None] * noised[timestep, None, None, None]
+        loss = (weight * (v - target) ** 2).mean()
+        t.update(loss)
+        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
+        if t.step % 100 == 0:
+            print(f"denoiser loss {running:.4f}", file=log, flush=True)
+    t.use_average()

@@ -1,0 +1,58 @@
+"""Training: real parts from nothing, resumable at any step, the same bits after a resume."""
+
+import io
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+import whence
+from whence.errors import RunError
+from whence.worlds.shapes import train as training
+from whence.worlds.shapes.scenes import WORDS
+
+TINY = training.Training(
+    scenes=40, codec_steps=3, codec_batch=2, reader_steps=3, reader_batch=4, steps=3, batch=2, checkpoint=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return training.train(tmp_path_factory.mktemp("whole"), TINY, log=io.StringIO())
+
+
+def weights(pipeline):
+    names = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+    return {f"{n}/{k}": v for n in names for k, v in load_file(pipeline / f"{n}.safetensors").items()}
+
+
+def test_it_writes_a_pipeline_that_diffusers_loads_under_12_mb(finished):
+    assert sum(f.stat().st_size for f in finished.rglob("*.safetensors")) < 12e6
+    model = whence.load(str(finished))
+    assert model.picture("a red circle", seed=1, steps=2).images.shape == (1, 64, 64, 3)
+    assert set(json.loads((finished / "words.json").read_text())["words"]) == set(WORDS)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 8])
+def test_a_stopped_training_goes_on_to_the_same_bits(stop, finished, tmp_path, monkeypatch):
+    update, calls = training._Trainee.update, []
+
+    def interrupted(self, loss):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        update(self, loss)
+
+    monkeypatch.setattr(training._Trainee, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tmp_path, TINY, log=io.StringIO())
+    assert not (tmp_path / "pipeline").exists()
+    monkeypatch.undo()
+    resumed = weights(training.train(tmp_path, TINY, log=io.StringIO()))
+    whole = weights(finished)
+    assert all((resumed[k] == whole[k]).all() for k in whole)
+
+
+def test_another_setting_in_the_same_directory_is_refused(finished):
+    with pytest.raises(RunError, match="seed 0"):
+        training.train(finished.parent, training.Training(**(vars(TINY) | {"seed": 1})))
