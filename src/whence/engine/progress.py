@@ -38,6 +38,8 @@ def progress(what: str, total: int, done: int = 0, unit: str = "") -> Iterator[A
         task = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
-            bar.update(task, advance=n, **({"note": note} if note else {}))
+            bar.update(task, advance=n)
+            if note:
+                bar.update(task, note=note)
 
         yield advance
