@@ -1,0 +1,83 @@
+"""Every Card's falsifier: the method reaches what its Card expects, a random and a shuffled explanation do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+import whence
+from whence.explanation import Explanation
+from whence.method import Card, card_of, catalogue, load
+from whence.run import Run
+from whence.score import Score
+from whence.worlds.controls import random_maps, shuffled
+
+PICTURES = 32
+"""Per trial, unless the card's falsifier names its own ``pictures``."""
+
+NAMES = tuple(catalogue())
+SHOWN = tuple(
+    n for n, c in catalogue().items() if c.falsifier.get("status") != "not shown" and "::" not in c.falsifier["trial"]
+)
+NOT_SHOWN = tuple(n for n, c in catalogue().items() if c.falsifier.get("status") == "not shown")
+TESTED = tuple(n for n in NAMES if n not in SHOWN and n not in NOT_SHOWN)
+"""Checks judge explanations and give none: their falsifier is a test, ``path::name``, run with all others and found to
+exist by tests/layers/test_cards.py."""
+
+
+@cache
+def model() -> Any:
+    return whence.load()
+
+
+@cache
+def explainer(name: str) -> Callable[[Run], Explanation]:
+    """The method, asked once for each run: the shuffled control needs the same maps again."""
+    method = load(name)()
+    known: dict[int, tuple[Run, Explanation]] = {}
+
+    def explain(run: Run) -> Explanation:
+        if id(run) not in known:
+            known[id(run)] = (run, method.explain(run))  # the run is kept, so that its id stays its own
+        return known[id(run)][1]
+
+    return explain
+
+
+def trial(card: Card, explain: Callable[[Run], Explanation]) -> Score:
+    world, name = card.falsifier["trial"].split(".")
+    function = getattr(import_module(f"whence.worlds.{world}.trials"), name)
+    score = function(explain, card.falsifier.get("pictures", PICTURES), model())
+    assert isinstance(score, Score)
+    return score
+
+
+def test_no_card_is_left_out() -> None:
+    assert sorted((*SHOWN, *NOT_SHOWN, *TESTED)) == sorted(NAMES)
+    for name in TESTED:
+        assert card_of(name).module.startswith("whence.checks."), f"{name} explains, so it needs a trial of a world"
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_method_reaches_what_its_card_expects(name: str) -> None:
+    card = card_of(name)
+    score = trial(card, explainer(name))
+    assert score.mean >= card.falsifier["expect"], f"{score}; the card expects {card.falsifier['expect']}"
+
+
+@pytest.mark.parametrize("control", ["random", "shuffled"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_explanation_that_knows_nothing_does_not(name: str, control: str) -> None:
+    card = card_of(name)
+    score = trial(card, random_maps if control == "random" else shuffled(explainer(name)))
+    assert score.mean < card.falsifier["expect"]
+    assert score.interval[1] < card.falsifier["expect"], f"{score} could still reach {card.falsifier['expect']}"
+
+
+@pytest.mark.parametrize("name", NOT_SHOWN or [pytest.param("", marks=pytest.mark.skip(reason="every claim is shown"))])
+def test_a_claim_that_is_not_shown_says_why(name: str) -> None:
+    assert len(card_of(name).falsifier["reason"]) > 20
