@@ -159,6 +159,13 @@ def _make(run: Run, settings: Sequence[Settings], advance: Advance | None) -> li
     return out
 
 
+def _alone(run: Run, settings: Settings, advance: Advance | None) -> Run:
+    made = run.again(prompt=settings.prompt, seed=settings.seed, images=settings.images)
+    if advance:
+        advance(1)
+    return made
+
+
 def _change(a: Run, b: Run, image: int = 0) -> NDArray[np.float64]:
     return np.asarray((((a.images[image].astype(float) - b.images[image].astype(float)) / 255) ** 2).mean(-1))
 
@@ -302,10 +309,11 @@ def _runs_like_this(
         if not open_words:
             break
         fresh = [replace(run.settings, seed=s, images=1) for s in seeds[done:look]]
-        bases = _make(run, fresh if done else [*fresh, fresh[0]], advance)
+        # One by one: a method that replays its run compares bits, and a batch rounds in another way.
+        bases = [_alone(run, s, advance) for s in fresh]
         if not done:
-            same = float(_change(bases[0], bases.pop()).mean())
-            runs += 1
+            same = float(_change(bases[0], _make(run, [fresh[0]] * 2, advance)[1]).mean())
+            runs += 2
         swapped = iter(
             _make(
                 run,

@@ -1,0 +1,119 @@
+"""What can be typed: names, options and their help. The work is in the modules beside, imported when it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+
+app = typer.Typer(
+    help="Where did this picture come from? Explains what a generative model made, and puts every answer on trial.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
+Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Methods; none: all.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"whence {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def whence(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Where did this picture come from? Explains what a generative model made, and puts every answer on trial."""
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Option(help="What the picture is asked to show.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A diffusers directory or a hub id; none: the embedded model.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first noise.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; else the model's own.", show_default=False)
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: off.", show_default=False)] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What guidance leads away from.", show_default=False)] = "",
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width, pixels.", show_default=False)] = None,
+    height: Annotated[int | None, typer.Option(help="Height, pixels.", show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(help="Width, pixels.", show_default=False)] = None,
+    images: Annotated[int, typer.Option(help="Pictures to make; the first is explained.")] = 1,
+    by: Annotated[
+        str | None, typer.Option(help="Methods, with commas between; else what the model serves.", show_default=False)
+    ] = None,
+    swap: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD=A,B,C", help="Words that may take WORD's place in its trial.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds for a verdict on runs like this: 8 or more; 0: none.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the report; a report in it is replaced.")] = Path("whence-out"),
+    json: Json = False,
+) -> None:
+    """Make a picture, map its words, and put each word's claim on trial."""
+    from .explain import Asked, explain
+
+    explain(
+        Asked(
+            model, prompt, seed, steps, guidance, negative_prompt, size, height, width, images, by, swap or (), seeds
+        ),
+        out, json,
+    )  # fmt: skip
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full; none: a list.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """List the methods, or print one method's card: claim, falsifier, cost, when not to use it."""
+    from .catalogue import methods
+
+    methods(name, json)
+
+
+@app.command()
+def prove(
+    names: Names = None,
+    full: Annotated[bool, typer.Option("--full", help="As many pictures as the published numbers had.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Record the results in docs/verdicts.json of a clone.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Put methods on trial in a world where the cause was planted, against controls that must fail."""
+    from .prove import prove
+
+    prove(names or [], full, json, write)
+
+
+@app.command()
+def train(
+    world: Annotated[str, typer.Argument(help="The world whose model to train: shapes.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder; an unfinished training in it is gone on with.", show_default="training/WORLD"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and order.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the denoiser; else the shipped model's.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a world's model from nothing. Can be stopped and gone on with."""
+    from .train import train
+
+    train(world, out, seed, steps)

@@ -1,0 +1,42 @@
+"""The verbs: load a model, explain a run, put methods on trial."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import MethodError
+from .method import card_of
+from .method import load as load_method
+
+if TYPE_CHECKING:
+    from .explanation import Explanation
+    from .run import Run
+
+
+def load(model: Any = None) -> Any:
+    """The adapter of a model: a pipeline directory, a hub id or a live diffusers pipeline; None: the embedded one.
+
+    Raises ModelError where there is no pipeline that an adapter knows, or only a pickle.
+    """
+    from .models.loading import load as load_pipeline
+
+    if model is not None:
+        return load_pipeline(model)
+    from .worlds.shapes import model_directory
+
+    adapter = load_pipeline(model_directory())
+    adapter.name = "shapes, the embedded model"
+    return adapter
+
+
+def explain(run: Run, by: str = "daam", **settings: Any) -> Explanation:
+    """Explain a run by the method of this name: ``explain(run, by="daam", threshold=.3)``."""
+    card = card_of(by)
+    verb = load_method(by)
+    if not hasattr(verb, "explain"):
+        raise MethodError(f"explain by {by!r}", f"{by} is a check, not an explanation", f"whence.method.load({by!r})")
+    try:
+        method = verb(**settings)
+    except TypeError as error:
+        raise MethodError(f"{card.name} with {settings}", str(error), str(verb.__doc__)) from None
+    return method.explain(run)  # type: ignore[no-any-return]
