@@ -27,16 +27,19 @@ _HOMES = {
     "load": "verbs",
     "prove": "proving",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "Card", "Explanation", "Readout", "Run", "Settings", "Units", "Verdict", "WhenceError", "__version__", "catalogue",
+    "explain", "load", "prove",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from .errors import WhenceError
     from .explanation import Explanation
     from .method import Card, catalogue
+    from .proving import prove
     from .readout import Readout
     from .run import Run, Settings
     from .units import Units
-    from .proving import prove
     from .verbs import explain, load
     from .verdict import Verdict
 

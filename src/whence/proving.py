@@ -7,7 +7,6 @@ strongest control as the control.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,8 +17,6 @@ from .method import Card, card_of, catalogue
 from .method import load as load_method
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .engine.progress import Advance
     from .explanation import Explanation
     from .run import Run
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from .worlds.controls import Explainer
 
 PICTURES, FULL = 16, 60
-SCHEMA = "whence.verdicts/1"
 CHANCE = 0.5
 
 
@@ -111,22 +107,3 @@ def prove(
         if advance:
             advance(1, name)
     return rows
-
-
-def write(rows: list[dict[str, Any]], path: Path, command: str) -> None:
-    """Keep rows in ``docs/verdicts.json``, from which METHODS.md is made; rows of other methods stay."""
-    from datetime import date
-    from importlib.metadata import version
-
-    kept = json.loads(path.read_text(encoding="utf8"))["methods"] if path.exists() else []
-    named = {r["method"] for r in rows}
-    record = {
-        "schema": SCHEMA,
-        "command": command,
-        "date": str(date.today()),
-        "versions": {n: version(n) for n in ("torch", "diffusers", "transformers")},
-        "methods": sorted([r for r in kept if r["method"] not in named] + rows, key=lambda r: str(r["method"])),
-    }
-    fresh = path.with_suffix(".json.part")
-    fresh.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
-    fresh.rename(path)

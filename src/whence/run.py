@@ -83,6 +83,21 @@ class Run:
         other = self.again()
         return bool((other.latents == self.latents).all() and (other.images == self.images).all())
 
+    def must_match(self, replay: Run) -> None:
+        """Raise WrongMapError if ``replay`` shows another picture: a map of it would not be this run's.
+
+        A run made in a batch replays up to rounding, so pixels may be 2 of 255 levels apart.
+        """
+        apart = int(abs(replay.images.astype(int) - self.images.astype(int)).max())
+        if apart > 2:
+            from .errors import WrongMapError
+
+            raise WrongMapError(
+                "maps of this run",
+                f"its replay gave another picture (pixels up to {apart} of 255 apart)",
+                "a run made by this model, unchanged since",
+            )
+
     def record(self) -> dict[str, Any]:
         """The JSON record, without pixels."""
         from dataclasses import asdict

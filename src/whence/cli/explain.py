@@ -188,8 +188,7 @@ def _trials(
             verdicts = swap(
                 e, run, words=words, scope=RUNS_LIKE_THIS, alternatives=replacements, looks=looks,
                 seeds=range(asked.seed + 1, asked.seed + 1 + asked.seeds),
-                # Made again alone: a method that replays a run compares bits, and a batch rounds in another way.
-                explain=lambda r: verbs.explain(r.again(), e.method, **_settings(e.method, r, replacements)),
+                explain=lambda r: verbs.explain(r, e.method, **_settings(e.method, r, replacements)),
             )  # fmt: skip
         trials += [Trial(e.method, w, v) for w, v in zip(words, verdicts, strict=True)]
     pictures = 1 + sum(min(5 if w in words else 3, len(o)) for w, o in replacements.items())

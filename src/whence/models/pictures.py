@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -388,6 +389,7 @@ def _near(size: int, multiple: int) -> int:
     return max(round(size / multiple), 1) * multiple
 
 
+@cache
 def _versions() -> dict[str, str]:
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     return {"python": platform.python_version(), **libraries}

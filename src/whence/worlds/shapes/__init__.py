@@ -1,4 +1,4 @@
-"""World `shapes`: captioned scenes of coloured shapes with exact masks, an oracle, and a small model trained on them."""
+"""World `shapes`: captioned scenes of coloured shapes with exact masks, an oracle, a small model trained on them."""
 
 from pathlib import Path
 

@@ -238,9 +238,7 @@ def coverage(shape: str, radius: float, y: NDArray[np.float32], x: NDArray[np.fl
         d = np.maximum(abs(y), abs(x)) - 0.88 * radius
     elif shape == "cross":
         arm, length = 0.36 * radius, 1.05 * radius
-        d = np.minimum(
-            np.maximum(abs(y) - arm, abs(x) - length), np.maximum(abs(y) - length, abs(x) - arm)
-        )
+        d = np.minimum(np.maximum(abs(y) - arm, abs(x) - length), np.maximum(abs(y) - length, abs(x) - arm))
     elif shape == "triangle":
         # Apex up, base at 0.85 r: the slope's normal is (2, 1.9) / |.| for half-width 1.08 r over height 1.9 r.
         d = np.maximum(y - 0.85 * radius, (abs(x) * 1.9 - (y + 1.05 * radius) * 1.08) / np.hypot(1.9, 1.08))

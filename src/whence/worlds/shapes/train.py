@@ -53,7 +53,7 @@ class Training:
     codec_batch: int = 16
     reader_steps: int = 600
     reader_batch: int = 96
-    steps: int = 9_000
+    steps: int = 3_600
     batch: int = 32
     learning_rate: float = 1.5e-3
     object_weight: float = 8.0
@@ -241,14 +241,13 @@ class _Pool:
 
 
 def _ids(pipe: Any, captions: list[str]) -> Tensor:
-    return pipe.tokenizer(captions, padding="max_length", truncation=False, return_tensors="pt").input_ids
+    encoded = pipe.tokenizer(captions, padding="max_length", truncation=False, return_tensors="pt")
+    return encoded.input_ids  # type: ignore[no-any-return]
 
 
 def _pool(pipe: Any, s: Training, directory: Path) -> _Pool:
     kinds = np.arange(s.scenes) % len(KINDS)
-    drawn = [
-        scenes.draw_scene(stream("shapes", s.seed, "pool", i), KINDS[k], key=s.key) for i, k in enumerate(kinds)
-    ]
+    drawn = [scenes.draw_scene(stream("shapes", s.seed, "pool", i), KINDS[k], key=s.key) for i, k in enumerate(kinds)]
     path = directory / "pool.safetensors"
     if not path.exists():
         latents, cover = [], []

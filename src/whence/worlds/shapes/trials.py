@@ -50,10 +50,8 @@ def settings_of(prompt: str, seed: int) -> Settings:
 def pictures(model: Any, prompts: list[str], name: str) -> Iterator[Run]:
     """Runs of these prompts, each with the seed that ``name`` and its number give it, made in batches."""
     for i in range(0, len(prompts), BATCH):
-        rows = [
-            settings_of(p, int(stream("trial", name, i + k).integers(2**31))) for k, p in enumerate(prompts[i : i + BATCH])
-        ]
-        yield from model.generate_many(rows)
+        seeds = [int(stream("trial", name, i + k).integers(2**31)) for k in range(BATCH)]
+        yield from model.generate_many([settings_of(p, s) for p, s in zip(prompts[i : i + BATCH], seeds, strict=False)])
 
 
 def _collect(name: str, n: int, batches: Iterator[Query]) -> tuple[Query, ...]:
