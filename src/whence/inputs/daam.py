@@ -39,14 +39,14 @@ CARD = Card(
     works_on=("Stable Diffusion 1 and 2", "SDXL", "PixArt"),
     needs=("cross-attention",),
     cost="one model run under the attention tape",
-    claim="A noun's map is stronger on the object that the noun names than on the other object of the picture.",
+    claim="The map of a colour or noun is stronger on the objects that have it than on the picture's other objects.",
     falsifier={
         "trial": "shapes.pointing",
-        "planted": "two objects whose places the seed decides, found by the oracle in the generated picture",
+        "planted": "two objects are asked for; the seed decides their places, the oracle finds what was drawn where",
         "expect": 0.75,
         "control": "random smooth maps, and DAAM's own maps with the words' labels shuffled",
         "seconds": 60,
-        "pictures": 24,
+        "pictures": 40,
     },
     departs="Mean instead of sum over steps, layers and heads, so that values are probabilities. The middle block is "
     "read too (set blocks=('down', 'up') for the paper's sum). Two occurrences of a word are two words. The latent "

@@ -22,7 +22,7 @@ from ...explanation import Explanation
 from ...run import Run, Settings
 from ...score import Score
 from . import oracle
-from .scenes import COLOURS, SHAPES, TWINS, Scene, draw_scene, marking_word
+from .scenes import COLOURS, SHAPES, TWINS, draw_scene, marking_word
 from .vocabulary import alternatives
 
 if TYPE_CHECKING:
@@ -79,34 +79,40 @@ def _score(name: str, explain: Explainer, queries: tuple[Query, ...]) -> Score:
     return Score.of(f"shapes.{name}", "share of paired comparisons won, chance 0.5", values)
 
 
-# --- pointing: which of the two objects? -----------------------------------------------------------------------------
+# --- pointing: which of the objects? ---------------------------------------------------------------------------------
 
 
-def _two_objects(name: str, i: int) -> Scene:
-    rng = stream("trial", name, "scene", i)
-    while True:
-        scene = draw_scene(rng, "two", plain=True)
-        if scene.things[0].shape != scene.things[1].shape:
-            return scene
+def drawn(run: Run) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """For each colour and noun that stands once in the prompt: the mask of the objects in the picture that have what
+    it says, and of those that lack it (bool [y, x], by the oracle); words that no object has are left out."""
+    seen = oracle.read(run.images[0]).things
+    words = list(run.words.names)
+    masks = {}
+    for word in words:
+        if words.count(word) > 1 or (word not in COLOURS and word not in SHAPES):
+            continue
+        has = [t.mask for t in seen if word in (t.colour, t.shape)]
+        lacks = [t.mask for t in seen if word not in (t.colour, t.shape)]
+        if has:
+            nothing = np.zeros(run.images.shape[1:3], bool)
+            masks[word] = (np.any(has, axis=0), np.any(lacks, axis=0) if lacks else nothing)
+    return masks
 
 
 @lru_cache(maxsize=8)
 def _pointing(model: Any, n: int) -> tuple[Query, ...]:
     def queries() -> Iterator[Query]:
-        scenes = [_two_objects("pointing", i) for i in range(6 * n)]
-        for scene, run in zip(scenes, pictures(model, [s.caption for s in scenes], "pointing"), strict=True):
-            asked, seen = oracle.parse(scene.caption), oracle.read(run.images[0])
-            if not oracle.judge(asked, seen)["objects"]:
-                continue
-            masks = {t.shape: t.mask for t in seen.things}
-            (_, a, _), (_, b, _) = asked.things
-            yield Query(run, ((a, masks[a], a, masks[b]), (b, masks[b], b, masks[a])))
+        scenes = [draw_scene(stream("trial", "pointing", "scene", i), "two", plain=True) for i in range(6 * n)]
+        for run in pictures(model, [s.caption for s in scenes], "pointing"):
+            pairs = tuple((w, own, w, other) for w, (own, other) in drawn(run).items() if other.any())
+            if pairs:
+                yield Query(run, pairs)
 
     return _collect("pointing", n, queries())
 
 
 def pointing(explain: Explainer, n: int, model: Any) -> Score:
-    """Is a noun's map stronger on its own object than on the other one? Pictures where the oracle found both."""
+    """Is the map of a colour or noun stronger on the objects that have it than on the picture's other objects?"""
     return _score("pointing", explain, _pointing(model, n))
 
 
