@@ -181,7 +181,8 @@ def _maps(explanation: Explanation, run: Run) -> Explanation:
 
 
 def _evidence(explanation: Explanation, label: str = "", prompts: Sequence[str] = ()) -> str:
-    text = f"maps by {explanation.method} ({explanation.kind}), {explanation.cost.runs} model runs a picture"
+    runs = explanation.cost.runs
+    text = f"maps by {explanation.method} ({explanation.kind}), {runs} model run{'' if runs == 1 else 's'} a picture"
     if set(prompts) & set(explanation.details.get("prompts", {}).get(label, ())):
         text += "; made of swaps that the trial makes too, so that only its controls are news"
     return text

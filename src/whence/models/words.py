@@ -74,7 +74,10 @@ def align(prompt: str, encoders: Sequence[Encoder], vocabulary: frozenset[str] |
         for i in range(len(words))
     )
     if cut := [word for word, places in zip(words, members, strict=True) if not any(places)]:
-        lengths = ", ".join(f"{encoder.name}: {encoder.length - encoder.ends}" for encoder in encoders)
+        lengths = ", ".join(
+            f"{encoder.name}: {encoder.length - encoder.ends - (places[0][0] if places and places[0] else 0)}"
+            for places, encoder in zip(places_of, encoders, strict=True)
+        )
         raise PromptError(
             f"a prompt of {len(words)} words",
             f"the text encoder cuts {', '.join(cut)}",
