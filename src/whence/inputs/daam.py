@@ -57,11 +57,11 @@ CARD = Card(
 
 @dataclass(frozen=True)
 class DAAM:
-    """Settings. ``blocks``: which parts of the UNet are read; ``layers``: names of attention layers (None: all);
+    """Settings. ``blocks``: which parts of the UNet are read ("mid" too, if asked); ``layers``: names of attention layers (None: all);
     ``heads``: head numbers or "all"; ``every``: record each k-th step; ``threshold``: tau of the regions, the paper's
     .3 to .5."""
 
-    blocks: tuple[str, ...] = ("down", "mid", "up")
+    blocks: tuple[str, ...] = ("down", "up")
     layers: tuple[str, ...] | None = None
     heads: tuple[int, ...] | Literal["all"] = "all"
     every: int = 1
