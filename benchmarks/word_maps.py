@@ -117,7 +117,7 @@ def main() -> None:
 
     explainers = {
         "daam": DAAM().explain,
-        "daam, paper's blocks (down, up)": DAAM(blocks=("down", "up")).explain,
+        "daam with the middle block": DAAM(blocks=("down", "mid", "up")).explain,
         "leave_one_out": LeaveOneOut(at_most=2).explain,
         "random": controls.random_maps,
         "centre": controls.centre,

@@ -48,18 +48,18 @@ CARD = Card(
         "seconds": 60,
         "pictures": 40,
     },
-    departs="Mean instead of sum over steps, layers and heads, so that values are probabilities. The middle block is "
-    "read too (set blocks=('down', 'up') for the paper's sum). Two occurrences of a word are two words. The latent "
-    "grid is the run's own, not 64 x 64.",
+    departs="Mean instead of sum over steps, layers and heads, so that values are probabilities. The middle block "
+    "can be read too, blocks=('down', 'mid', 'up'): on the embedded model its coarse grid blurs the maps. Two "
+    "occurrences of a word are two words. The latent grid is the run's own, not 64 x 64.",
     avoid="To tell what a word caused: a word can be looked at and do nothing, or act through the summary tokens.",
 )
 
 
 @dataclass(frozen=True)
 class DAAM:
-    """Settings. ``blocks``: which parts of the UNet are read ("mid" too, if asked); ``layers``: names of attention layers (None: all);
-    ``heads``: head numbers or "all"; ``every``: record each k-th step; ``threshold``: tau of the regions, the paper's
-    .3 to .5."""
+    """Settings. ``blocks``: which parts of the UNet are read ("mid" too, if asked); ``layers``: names of attention
+    layers (None: all); ``heads``: head numbers or "all"; ``every``: record each k-th step; ``threshold``: tau of the
+    regions, the paper's .3 to .5."""
 
     blocks: tuple[str, ...] = ("down", "up")
     layers: tuple[str, ...] | None = None
