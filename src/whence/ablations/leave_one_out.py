@@ -40,7 +40,8 @@ CARD = Card(
     claim="Of two filler words of identical statistics, the one that draws the mark scores higher on the mark.",
     falsifier={
         "trial": "shapes.twins",
-        "planted": "a keyed coin made one of two twin words draw a cyan mark; certified per picture by re-rendering",
+        "planted": "a keyed coin made one of two twin words draw a cyan mark; certified per picture by "
+        "swapping each twin. That is the method's own question, so a full score shows that it is built right, no more",
         "expect": 0.9,
         "control": "random maps, and its own maps with the words' labels shuffled",
         "seconds": 60,

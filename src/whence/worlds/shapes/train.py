@@ -43,7 +43,7 @@ FULL = {"one": 0.14, "two": 0.28, "relation": 0.24, "count": 0.18, "three": 0.16
 class Training:
     """Settings of one training. Steps are optimiser steps; ``checkpoint`` is in seconds.
 
-    ``compile`` fuses the denoiser's kernels (needs a C++ compiler; a quarter faster after two minutes of compiling).
+    ``compile`` fuses the denoiser's kernels (needs a C++ compiler, and minutes to compile).
     """
 
     seed: int = 0
