@@ -94,13 +94,15 @@ def build_pipeline(words: Sequence[str], seed: int = 0) -> Any:
         )
         unet = UNet2DConditionModel(
             sample_size=LATENT_SIZE,
-            block_out_channels=(48, 96, 128),
+            block_out_channels=(32, 96, 128),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             layers_per_block=1,
+            # Most transformer layers where all places see each other cheapest: how many objects, and which where.
+            transformer_layers_per_block=(1, 1, 3),
             norm_num_groups=16,
             cross_attention_dim=128,
-            attention_head_dim=4,  # diffusers reads this as the number of heads for this model class
+            attention_head_dim=(2, 4, 4),  # diffusers reads this as the number of heads for this model class
         )
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",

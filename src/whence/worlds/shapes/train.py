@@ -1,11 +1,14 @@
 """Trains the `shapes` model from nothing: picture codec, then caption reader, then denoiser.
 
 1. *Codec*: the VAE learns to redraw scenes; its posterior's variance is held by a small Kullback-Leibler weight.
-2. *Reader*: the text encoder learns to tell, at each noun, which object the words so far describe, and at the end of
-   the caption the whole factor table. The heads are thrown away; a denoiser's loss alone teaches reading ten times
-   more slowly at this size.
-3. *Denoiser*: UNet and text encoder on the v-prediction loss (Salimans & Ho 2022, eq. 11), captions from easy to hard,
-   10 % of them dropped for classifier-free guidance, exponential moving average of the weights.
+2. *Reader*: the text encoder learns to tell, at each noun, what the words so far say of it, and at the end of the
+   caption the whole factor table. Then it is frozen, as Stable Diffusion's is. The heads are thrown away; a denoiser's
+   loss alone teaches reading ten times more slowly at this size.
+3. *Denoiser*: the UNet on the v-prediction loss (Salimans & Ho 2022, eq. 11), captions from easy to hard, 10 % of them
+   dropped for classifier-free guidance, exponential moving average of the weights. Two linear heads on its upward
+   blocks learn beside it which object each place of the clean picture holds (an auxiliary loss on hidden features, as
+   in Yu et al. 2025, with labels instead of another model's features); they too are thrown away. Half of the timesteps
+   come from the part of the schedule in which it is decided where which object will be.
 
 Every step draws from a random stream named by (seed, stage, step), so a resumed training goes on exactly as the
 uninterrupted one would. Checkpoints are safetensors, written to a temporary name and renamed.
@@ -36,7 +39,9 @@ from . import scenes, vocabulary
 from .scenes import BACKGROUNDS, COLOURS, KEY, KINDS, RELATIONS, SHAPES, SIZES, WORDS, Scene
 
 EASY = {"one": 0.55, "two": 0.2, "relation": 0.05, "count": 0.2, "three": 0.0}
-FULL = {"one": 0.14, "two": 0.28, "relation": 0.24, "count": 0.18, "three": 0.16}
+FULL = {"one": 0.2, "two": 0.28, "relation": 0.26, "count": 0.18, "three": 0.08}
+DECISIVE = (0.55, 0.97)
+"""Share of the schedule, from clean to noise, that half of the timesteps are drawn from."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,13 @@ class Training:
     scenes: int = 24_000
     codec_steps: int = 3_000
     codec_batch: int = 16
-    reader_steps: int = 600
+    reader_steps: int = 1_500
     reader_batch: int = 96
-    steps: int = 3_600
-    batch: int = 32
+    steps: int = 6_500
+    batch: int = 48
     learning_rate: float = 1.5e-3
     object_weight: float = 8.0
+    places_weight: float = 0.2
     checkpoint: float = 120.0
     compile: bool = False
 
@@ -224,12 +230,15 @@ def _codec(pipe: Any, s: Training, directory: Path, log: Any) -> None:
 
 @dataclass(frozen=True)
 class _Pool:
-    """Encoded scenes: ``latents[scene, channel, y, x]``, ``ids[scene, token]``, ``cover[scene, y, x]`` (0..1)."""
+    """Encoded scenes: ``latents[scene, channel, y, x]``, ``ids[scene, token]``, ``cover[scene, y, x]`` (0..1), and
+    which class of object holds each place, ``coarse`` and ``fine`` [scene, y, x] (0: none)."""
 
     scenes: list[Scene]
     latents: Tensor
     ids: Tensor
     cover: Tensor
+    coarse: Tensor
+    fine: Tensor
     kinds: np.ndarray
 
     def choose(self, rng: np.random.Generator, n: int, done: float) -> np.ndarray:
@@ -245,30 +254,61 @@ def _ids(pipe: Any, captions: list[str]) -> Tensor:
     return encoded.input_ids  # type: ignore[no-any-return]
 
 
+CLASSES = 1 + len(COLOURS) * len(SHAPES) + 2
+"""Nothing, each colour of each shape, the mark, the frame."""
+
+
+def _places(scene: Scene, masks: dict[str, np.ndarray], cells: int) -> np.ndarray:
+    """The class of the object that covers at least a quarter of each cell, uint8 [y, x]."""
+    size = scenes.SIZE // cells
+    most, out = np.full((cells, cells), 0.25), np.zeros((cells, cells), np.uint8)
+    for name, mask in masks.items():
+        if name == "background":
+            continue
+        if name.startswith("thing"):
+            thing = scene.things[int(name[5:])]
+            label = 1 + list(COLOURS).index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)
+        else:
+            label = CLASSES - 2 + ("mark", "frame").index(name)
+        share = mask.reshape(cells, size, cells, size).mean((1, 3))
+        out[share >= most] = label
+        most = np.maximum(most, share)
+    return out
+
+
 def _pool(pipe: Any, s: Training, directory: Path) -> _Pool:
     kinds = np.arange(s.scenes) % len(KINDS)
     drawn = [scenes.draw_scene(stream("shapes", s.seed, "pool", i), KINDS[k], key=s.key) for i, k in enumerate(kinds)]
     path = directory / "pool.safetensors"
     if not path.exists():
         latents, cover = [], []
+        places: dict[int, list[np.ndarray]] = {8: [], 16: []}
         with progress("encoding", total=s.scenes, unit="pictures") as advance, torch.no_grad():
             for i in range(0, s.scenes, 64):
                 pictures = [scenes.render(x) for x in drawn[i : i + 64]]
                 latents.append(pipe.vae.encode(_pixels([p for p, _ in pictures])).latent_dist.mode())
                 on = torch.from_numpy(np.stack([~m["background"] for _, m in pictures]))[:, None].float()
                 cover.append(nn.functional.max_pool2d(on, on.shape[-1] // latents[-1].shape[-1])[:, 0])
+                for cells, found in places.items():
+                    found += [_places(x, m, cells) for x, (_, m) in zip(drawn[i : i + 64], pictures, strict=True)]
                 advance(len(pictures))
         z = torch.cat(latents)
-        _save(path, {"latents": z / z.std(), "cover": torch.cat(cover), "scale": 1 / z.std()}, 0)
+        stored = {"latents": z / z.std(), "cover": torch.cat(cover), "scale": 1 / z.std()}
+        _save(path, stored | {str(n): torch.from_numpy(np.stack(x)) for n, x in places.items()}, 0)
     stored = load_file(path)
     pipe.vae.register_to_config(scaling_factor=float(stored["scale"]))
-    return _Pool(drawn, stored["latents"], _ids(pipe, [x.caption for x in drawn]), stored["cover"], kinds)
+    ids = _ids(pipe, [x.caption for x in drawn])
+    return _Pool(drawn, stored["latents"], ids, stored["cover"], stored["8"], stored["16"], kinds)
 
 
 # --- 2. reader -------------------------------------------------------------------------------------------------------
 
 _NOUNS = (*SHAPES, *scenes.PLURALS.values())
-_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1}
+_HEADS = {
+    "colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1,
+    "relation": len(RELATIONS) + 1, "number": 3,
+}  # fmt: skip
+_TABLE = (*((len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1) * 3), len(RELATIONS) + 1, 3, len(BACKGROUNDS), 2, 2)
 
 
 def _facts(scene: Scene) -> list[int]:
@@ -289,15 +329,12 @@ def _facts(scene: Scene) -> list[int]:
     ]  # fmt: skip
 
 
-_WIDTHS = (*(tuple(_HEADS.values()) * 3), len(RELATIONS) + 1, 3, len(BACKGROUNDS), 2, 2)
-
-
 def _reader(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> None:
     width = pipe.text_encoder.config.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("shapes", s.seed, "heads") % 2**31)
         heads = {"text_encoder": pipe.text_encoder, "noun": nn.Linear(width, sum(_HEADS.values()))}
-        heads["end"] = nn.Linear(width, sum(_WIDTHS))
+        heads["end"] = nn.Linear(width, sum(_TABLE))
     t = _Trainee(heads, directory / "reader.safetensors", s.reader_steps, 1e-3, s.checkpoint)
     facts = torch.tensor([_facts(x) for x in pool.scenes])
     noun_ids = torch.tensor([pipe.tokenizer(w).input_ids[1] for w in _NOUNS])
@@ -310,13 +347,16 @@ def _reader(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> N
         is_noun = torch.isin(ids, noun_ids)
         which = is_noun.cumsum(1) - 1
         rows, columns = is_noun.nonzero(as_tuple=True)
-        noun_fact = fact[:, :9].view(-1, 3, 3)[rows, which[rows, columns]]
+        number = which[rows, columns]
+        said = fact[rows, 9].where(number > 0, len(RELATIONS))  # the first noun stands before the relation
+        noun_fact = torch.cat([fact[:, :9].view(-1, 3, 3)[rows, number], said[:, None], fact[rows, 10:11]], 1)
         losses = []
         guess = heads["noun"](hidden[rows, columns]).split(list(_HEADS.values()), -1)
         losses += [nn.functional.cross_entropy(g, noun_fact[:, i]) for i, g in enumerate(guess)]
-        rows, columns = (ids == end_id).nonzero(as_tuple=True)
-        guess = heads["end"](hidden[rows, columns]).split(list(_WIDTHS), -1)
-        losses += [nn.functional.cross_entropy(g, fact[rows, i]) for i, g in enumerate(guess)]
+        # The end token itself, not the padding, which is the same token.
+        end = (ids == end_id).int().argmax(1)
+        guess = heads["end"](hidden[torch.arange(len(ids)), end]).split(list(_TABLE), -1)
+        losses += [nn.functional.cross_entropy(g, fact[:, i]) for i, g in enumerate(guess)]
         t.update(torch.stack(losses).mean())
         if t.step % 100 == 0:
             print(f"reader loss {torch.stack(losses).mean().item():.4f}", file=log, flush=True)
@@ -326,33 +366,73 @@ def _reader(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> N
 # --- 3. denoiser -----------------------------------------------------------------------------------------------------
 
 
+class _WithPlaces(nn.Module):
+    """A UNet that also says which object each place of the clean picture holds: (v, coarse logits, fine logits)."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        blocks = unet.up_blocks[:2]
+        widths = [b.upsamplers[0].conv.out_channels for b in blocks]
+        self.heads = nn.ModuleList(nn.Conv2d(w, CLASSES, 1) for w in widths)
+        self.seen: dict[int, Tensor] = {}
+        self.hooks = []
+        for i, block in enumerate(blocks):
+            self.hooks.append(block.register_forward_hook(lambda _, __, out, i=i: self.seen.__setitem__(i, out)))
+
+    def forward(self, x: Tensor, timestep: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        v = self.unet(x, timestep, hidden, return_dict=False)[0]
+        return v, self.heads[0](self.seen[0]), self.heads[1](self.seen[1])
+
+
+def _timesteps(n: int, of: int, g: torch.Generator) -> Tensor:
+    """``n`` timesteps, one from each of ``n`` equal strata (less variance than independent draws): half of them over
+    the whole schedule, half over its :data:`DECISIVE` part."""
+    u = (torch.arange(n) + torch.rand(n, generator=g)) / n
+    low, high = DECISIVE
+    half = u < 0.5
+    u = torch.where(half, 2 * u, low + (high - low) * (2 * u - 1))
+    return (u * of).long().clamp(max=of - 1)
+
+
 def _denoiser(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> None:
-    pipe.unet.to(memory_format=torch.channels_last)
-    modules = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    unet = torch.compile(pipe.unet) if s.compile else pipe.unet
+    pipe.text_encoder.requires_grad_(False).eval()
+    with torch.no_grad():
+        read = torch.cat([pipe.text_encoder(ids)[0] for ids in torch.split(pool.ids, 256)])
+        empty = pipe.text_encoder(_ids(pipe, [""]))[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("shapes", s.seed, "places") % 2**31)
+        both = _WithPlaces(pipe.unet)
+    both.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = torch.compile(both) if s.compile else both
+    modules = {"unet": pipe.unet, "heads": both.heads}
     t = _Trainee(modules, directory / "denoiser.safetensors", s.steps, s.learning_rate, s.checkpoint)
-    empty = _ids(pipe, [""])[0]
     noised = pipe.scheduler.alphas_cumprod
-    running = 0.0
+    running = torch.zeros(3)
     for step in _steps(t, "denoiser", log):
         rng, g = stream("shapes", s.seed, "denoiser", step), torch_stream("shapes", s.seed, "denoiser", step)
         pick = torch.from_numpy(pool.choose(rng, s.batch, step / s.steps))
-        x0, ids, cover = pool.latents[pick], pool.ids[pick].clone(), pool.cover[pick]
-        ids[torch.rand(s.batch, generator=g) < 0.1] = empty
-        # One timestep from each of `batch` equal strata: less variance than independent draws.
-        u = (torch.arange(s.batch) + torch.rand(s.batch, generator=g)) / s.batch
-        timestep = (u * len(noised)).long()
+        x0, cover, hidden = pool.latents[pick], pool.cover[pick], read[pick]
+        hidden[torch.rand(s.batch, generator=g) < 0.1] = empty
+        timestep = _timesteps(s.batch, len(noised), g)
         noise = torch.randn(x0.shape, generator=g)
         x = pipe.scheduler.add_noise(x0, noise, timestep)
         target = pipe.scheduler.get_velocity(x0, noise, timestep)
-        hidden = pipe.text_encoder(ids)[0]
-        v = unet(x.to(memory_format=torch.channels_last), timestep, hidden).sample
+        v, coarse, fine = model(x.to(memory_format=torch.channels_last), timestep, hidden)
         # Objects cover a tenth of a picture. Their extra weight fades with the signal: where x0 is still uncertain it
         # would bias the posterior mean towards pictures with more objects.
         weight = 1 + s.object_weight * cover[:, None] * noised[timestep, None, None, None]
-        loss = (weight * (v - target) ** 2).mean()
-        t.update(loss)
-        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
+        losses = [
+            (weight * (v - target) ** 2).mean(),
+            nn.functional.cross_entropy(coarse, pool.coarse[pick].long()),
+            nn.functional.cross_entropy(fine, pool.fine[pick].long()),
+        ]
+        t.update(losses[0] + s.places_weight * (losses[1] + losses[2]))
+        now = torch.stack(losses).detach()
+        running = 0.98 * running + 0.02 * now if running.any() else now
         if t.step % 100 == 0:
-            print(f"denoiser loss {running:.4f}", file=log, flush=True)
+            parts = ", ".join(f"{w} {x:.4f}" for w, x in zip(("v", "coarse", "fine"), running.tolist(), strict=True))
+            print(f"denoiser loss: {parts}", file=log, flush=True)
+    for hook in both.hooks:
+        hook.remove()
     t.use_average()
