@@ -47,6 +47,10 @@ class RunError(WhenceError):
     """The run's settings do not fit the model, or the run cannot be replayed."""
 
 
+class BudgetError(WhenceError):
+    """An explainer spent more model runs or time than it was given."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The names that ``name`` may have meant, for the "would work" line.
 

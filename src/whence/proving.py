@@ -1,14 +1,16 @@
 """Put methods on trial: each Card's falsifier, run against explanations that must fail.
 
-For each picture of the trial the method and every control get a score, 0..1, chance 0.5. The verdict is the one rule of
-`verdict.py` on the gain over chance, paired by picture, with ``expect - 0.5`` as the smallest gain worth having and the
-strongest control as the control.
+Two kinds of trial. *Pictures*: word maps of generated pictures against what the oracle sees. *Questions*: scores of
+units on worlds with planted causes (`worlds/trial.py`), ours or a stranger's, method or world. In both every replicate
+gives a score of 0..1, chance 0.5, for the method and for every control; the verdict is the one rule of `verdict.py` on
+the gain over chance, paired by replicate, with ``expect - 0.5`` as the smallest gain worth having and the strongest
+control as the control.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +19,26 @@ from .method import Card, card_of, catalogue
 from .method import load as load_method
 
 if TYPE_CHECKING:
+    from .engine.journal import Journal
     from .engine.progress import Advance
     from .explanation import Explanation
+    from .question import Budget
+    from .question import Explainer as Answers
     from .run import Run
     from .score import Score
     from .worlds.controls import Explainer
+    from .worlds.ground import Draw, World
+    from .worlds.trial import DrawResult
 
 PICTURES, FULL = 16, 60
+DRAWS, FULL_DRAWS = 6, 20
 CHANCE = 0.5
+EXPECT = 0.9
+"""What a stranger's explainer must reach on single causes, as our own methods must."""
 
 
 def trial_of(card: Card) -> Any:
-    """The trial that a card names, "world.trial". Raises MethodError if there is none."""
+    """The trial of pictures that a card names, "world.trial". Raises MethodError if there is none."""
     world, _, name = str(card.falsifier.get("trial", "")).partition(".")
     try:
         return getattr(import_module(f"whence.worlds.{world}.trials"), name)
@@ -37,9 +47,19 @@ def trial_of(card: Card) -> Any:
         raise MethodError(f"the trial of {card.name}", f"no trial {named!r}", "world.trial") from None
 
 
+def asks_questions(card: Card) -> bool:
+    """Whether a card's trial is one of questions on a world (else of pictures, or a test of its own)."""
+    from .worlds.registry import WORLDS
+
+    return str(card.falsifier.get("trial", "")).partition(".")[0] in WORLDS
+
+
 def on_trial(card: Card) -> bool:
     """Whether a card's falsifier is a world's trial of explanations (a check's falsifier is a test of its own)."""
     return hasattr(load_method(card.name), "explain") and bool(card.falsifier.get("trial"))
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def _remembered(explain: Explainer) -> Explainer:
@@ -55,7 +75,7 @@ def _remembered(explain: Explainer) -> Explainer:
 
 
 def try_method(name: str, pictures: int, model: Any) -> dict[str, Any]:
-    """One method's row: its score, the controls' scores on the same pictures, the verdict."""
+    """One method's row on pictures: its score, the controls' scores on the same pictures, the verdict."""
     from .verdict import judge
     from .worlds import controls
 
@@ -93,17 +113,232 @@ def try_method(name: str, pictures: int, model: Any) -> dict[str, Any]:
     }
 
 
-def prove(
-    names: Sequence[str] = (), full: bool = False, advance: Advance | None = None, model: Any = None
-) -> list[dict[str, Any]]:
-    """Rows for the named methods (none: all), on the embedded model. Unknown names are refused before any work."""
-    from .verbs import load
+# --- questions -------------------------------------------------------------------------------------------------------
 
-    chosen = [card_of(n).name for n in names] or list(catalogue())
-    model = model or load()
-    rows = []
-    for name in chosen:
-        rows.append(try_method(name, FULL if full else PICTURES, model))
+
+def _results(
+    name: str,
+    explain: Answers,
+    draws: Sequence[Draw],
+    budget: Budget,
+    structures: Sequence[str] = (),
+    journal: Journal | None = None,
+    advance: Advance | None = None,
+) -> list[DrawResult]:
+    from .worlds.trial import DrawResult, try_draw
+
+    found = []
+    for draw in draws:
+        piece = (name, draw.world, draw.key, budget, tuple(structures))
+        record = journal.get(*piece) if journal else None
+        result = DrawResult.of(record) if record else try_draw(explain, draw, structures, budget)
+        if journal and not record:
+            journal.put(result.record(), *piece)
+        found.append(result)
         if advance:
-            advance(1, name)
+            advance(1, f"{name} on {draw.world}")
+    return found
+
+
+def _panel(results: Sequence[DrawResult], world: World) -> dict[str, dict[str, float]]:
+    """Mean over draws of each metric for each structure."""
+    import numpy as np
+
+    structures = [s for s in world.structures if any(t.structure == s for t in results[0].tried)]
+    metrics = sorted({m for r in results for t in r.tried for m in t.values})
+    return {s: {m: round(float(np.mean([r.mean(m, [s]) for r in results])), 4) for m in metrics} for s in structures}
+
+
+def try_explainer(
+    name: str,
+    explain: Answers,
+    world: World,
+    draws: Sequence[Draw],
+    *,
+    claim: str = "",
+    structure: str = "single",
+    expect: float = EXPECT,
+    budget: Budget | None = None,
+    journal: Journal | None = None,
+    advance: Advance | None = None,
+) -> dict[str, Any]:
+    """One explainer's row on draws of a world: AUC on one structure with its verdict, the controls on the same
+    questions, and the panel of all metrics for all structures."""
+    import numpy as np
+
+    from .question import Budget
+    from .score import Score
+    from .verdict import judge
+    from .worlds import trial
+    from .worlds.registry import model_free
+
+    limits = budget or Budget()
+    row: dict[str, Any] = {
+        "method": name,
+        "claim": claim or f"{name} finds the single cause",
+        "trial": f"{world.name}.{structure}",
+        "expect": expect,
+        "budget": {"forwards": limits.forwards, "backwards": limits.backwards, "seconds": limits.seconds},
+    }
+    if structure not in world.structures:
+        return row | {"word": "not shown", "reason": f"the world {world.name} has no structure {structure!r}"}
+    began = time.perf_counter()
+    results = _results(name, explain, draws, limits, journal=journal, advance=advance)
+    seconds = time.perf_counter() - began
+    reasons = sorted({reason for r in results for t in r.tried for reason in t.reasons})
+    asked = [t for r in results for t in r.tried]
+    own = [r.mean("auc", [structure]) for r in results]
+    arms: dict[str, Answers] = {"random": trial.random_scores}
+    arms |= {f"model-free: {n}": s for n, s in model_free(draws).items()}
+    if not reasons:
+        arms["shuffled"] = trial.shuffled(explain)
+    controls = {
+        n: [r.mean("auc", [structure]) for r in _results(n, arm, draws, limits, [structure])] for n, arm in arms.items()
+    }
+    unit = "area under the ROC curve, causes against arm and twin, chance 0.5"
+    verdict = judge(
+        [v - CHANCE for v in own],
+        {n: [v - CHANCE for v in values] for n, values in controls.items()},
+        claim=str(row["claim"]),
+        delta=expect - CHANCE,
+        readout=str(row["trial"]),
+        unit=f"{unit}, above chance",
+        alpha=0.05,
+        replicate="draw",
+    )
+    row |= {
+        "word": verdict.word,
+        "score": Score.of(str(row["trial"]), unit, own).record(),
+        "controls": {n: Score.of(str(row["trial"]), unit, v).record() for n, v in controls.items()},
+        "verdict": verdict.record(),
+        "panel": _panel(results, world),
+        "spent": {
+            "forwards": round(float(np.mean([t.spent.forwards for t in asked]))),
+            "backwards": round(float(np.mean([t.spent.backwards for t in asked]))),
+            "seconds": round(float(np.mean([t.spent.seconds for t in asked])), 4),
+        },
+        "draws": [d.key for d in draws],
+        "seconds": round(seconds, 1),
+    }
+    if reasons:
+        row |= {"reason": "; ".join(reasons)}
+        if all(t.reasons for t in asked):
+            row |= {"word": "not shown"}
+    return row
+
+
+class Ground:
+    """The worlds of a trial, each drawn once and checked before anything is tried on it."""
+
+    def __init__(self, draws: int, key: str | None = None, advance: Advance | None = None) -> None:
+        from .worlds.registry import KEY
+
+        self._n, self._key, self._advance = draws, key or KEY, advance
+        self.drawn: dict[str, tuple[World, list[Draw]]] = {}
+
+    def __getitem__(self, name: str) -> tuple[World, list[Draw]]:
+        """A world and its draws. Raises RunError for an unknown world and for one whose own tests fail."""
+        from .worlds import registry
+
+        if name not in self.drawn:
+            world = registry.find(name)
+            drawn = []
+            for key in registry.draws_of(world, self._n, self._key):
+                drawn.append(world.draw(key))
+                if self._advance:
+                    self._advance(0, f"drawing {world.name} {len(drawn)} of {self._n}")
+            registry.must_be_sound(world, drawn)
+            self.drawn[name] = (world, drawn)
+        return self.drawn[name]
+
+
+def _explainer(name: str) -> tuple[str, Answers, Card | None]:
+    """A method by the name of its card, or a stranger's by ``file.py:function``."""
+    if ".py:" in name:
+        from .worlds.registry import from_file
+
+        return name.rpartition(":")[2], from_file(name, "explainer"), None
+    return name, load_method(name)().explain, card_of(name)
+
+
+def prove(
+    names: Sequence[str] = (),
+    full: bool = False,
+    advance: Advance | None = None,
+    model: Any = None,
+    world: str | None = None,
+    key: str | None = None,
+    journal: Journal | None = None,
+) -> list[dict[str, Any]]:
+    """Rows for the named methods (none: all). Unknown names are refused before any work.
+
+    Pictures are made by ``model``, else by the embedded one. Questions come from the world that the Card names, or from
+    ``world``; ``full`` takes as many draws and pictures as the published numbers had. ``names`` may be
+    ``file.py:function``, an explainer of yours.
+    """
+    cards = catalogue()
+    chosen = [n if ".py:" in n else card_of(n).name for n in names]
+    if world:
+        from .worlds import registry
+
+        registry.find(world)
+        chosen = chosen or [n for n, c in cards.items() if asks_questions(c)]
+    ground = Ground(FULL_DRAWS if full else DRAWS, key, advance)
+    rows = []
+    for name in chosen or list(cards):
+        if ".py:" in name or world or asks_questions(cards[name]):
+            rows.append(_on_questions(name, world, ground, journal, advance))
+        else:
+            if model is None:
+                from .verbs import load
+
+                model = load() if on_trial(cards[name]) else None
+            rows.append(try_method(name, FULL if full else PICTURES, model))
+            if advance:
+                advance(1, name)
+    return rows + ([] if chosen else _bounds(ground, journal))
+
+
+def _bounds(ground: Ground, journal: Journal | None) -> list[dict[str, Any]]:
+    """Brute force, the ceiling, and random scores, the floor, on every world that was drawn."""
+    from .question import Budget
+    from .worlds import trial
+
+    rows = []
+    for world, draws in ground.drawn.values():
+        ends: tuple[tuple[str, Answers, Budget, str], ...] = (
+            ("brute_force", trial.brute_force, Budget(forwards=20_000), "ceiling"),
+            ("random", trial.random_scores, Budget(), "floor"),
+        )
+        for name, explain, budget, bound in ends:
+            structure = world.structures[0]
+            row = try_explainer(name, explain, world, draws, structure=structure, budget=budget, journal=journal)
+            rows.append(row | {"method": f"{name} on {world.name}", "bound": bound})
     return rows
+
+
+def _on_questions(
+    name: str, world: str | None, ground: Ground, journal: Journal | None, advance: Advance | None
+) -> dict[str, Any]:
+    label, explain, card = _explainer(name)
+    place, _, structure = str(card.falsifier["trial"]).partition(".") if card else ("twins", ".", "single")
+    if card and not asks_questions(card):
+        raise MethodError(
+            f"{label} on the world {world!r}", f"its trial is {card.falsifier['trial']}: it maps pictures",
+            ", ".join(n for n, c in catalogue().items() if asks_questions(c)),
+        )  # fmt: skip
+    found, draws = ground[world or place]
+    if structure not in found.structures:
+        structure = found.structures[0]
+    more: Mapping[str, Any] = {"claim": card.claim, "expect": float(card.falsifier["expect"])} if card else {}
+    row = try_explainer(label, explain, found, draws, structure=structure, journal=journal, advance=advance, **more)
+    status = card.falsifier.get("status") if card and not world else None
+    return row | ({"word": status, "reason": card.falsifier.get("reason", "")} if card and status else {})
+
+
+def pieces(names: Iterable[str], full: bool, world: str | None) -> int:
+    """How many steps :func:`prove` will count: draws of question trials, and one for each other method."""
+    cards = catalogue()
+    chosen = list(names) or [n for n, c in cards.items() if not world or asks_questions(c)]
+    questions = sum(".py:" in n or bool(world) or asks_questions(card_of(n)) for n in chosen)
+    return questions * (FULL_DRAWS if full else DRAWS) + len(chosen) - questions

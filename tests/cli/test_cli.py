@@ -305,7 +305,7 @@ def test_prove_prints_what_was_found_and_records_it(
     row = {"method": "daam", "word": "supported", "score": score, "expect": 0.75, "seconds": 3.2,
            "controls": {"random": score | {"mean": 0.5}, "shuffled": score | {"mean": 0.6}}}  # fmt: skip
     rows = [row, {"method": "swap", "word": "tested", "reason": "its falsifier is a test"}]
-    monkeypatch.setattr("whence.proving.prove", lambda names, full, advance: rows if not names else rows[:1])
+    monkeypatch.setattr("whence.proving.prove", lambda names, *_, **__: rows if not names else rows[:1])
     monkeypatch.chdir(tmp_path)
     assert "no docs folder" in refused(capsys, tmp_path, "prove", "--write")
     (tmp_path / "docs").mkdir()

@@ -18,7 +18,6 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Methods; none: all.")]
 
 
 def _version(asked: bool) -> None:
@@ -88,17 +87,33 @@ def methods(
 
 @app.command()
 def prove(
-    names: Names = None,
-    full: Annotated[bool, typer.Option("--full", help="As many pictures as the published numbers had.")] = False,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Methods, or file.py:function, an explainer of yours; none: all."),
+    ] = None,
+    world: Annotated[
+        str | None,
+        typer.Option(
+            help="Try on this world of questions: twins, tokens, motifs, words, or file.py:OBJECT.", show_default=False
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="As many draws as the published numbers had.")] = False,
+    key: Annotated[
+        str | None, typer.Option(help="Draw the worlds from this key; else the published one.", show_default=False)
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="Keep finished draws here, so that a stopped trial goes on.", show_default="with --full"),
+    ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Record the results in docs/verdicts.json of a clone.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Put methods on trial in a world where the cause was planted, against controls that must fail."""
-    from .prove import prove
+    """Put methods on trial in worlds where the cause was planted, against controls that must fail."""
+    from .prove import Asked, prove
 
-    prove(names or [], full, json, write)
+    prove(Asked(tuple(names or ()), world, full, key, journal, write), json)
 
 
 @app.command()
@@ -112,8 +127,11 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Steps of the denoiser; else the shipped model's.", show_default=False)
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A trained pipeline to train on; else from nothing.", show_default=False)
+    ] = None,
 ) -> None:
     """Train a world's model from nothing. Can be stopped and gone on with."""
     from .train import train
 
-    train(world, out, seed, steps)
+    train(world, out, seed, steps, start)

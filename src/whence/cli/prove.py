@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import os
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -14,29 +15,56 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import OutputError
-from ..method import card_of, catalogue
+from ..method import card_of
 
 SCHEMA = "whence.verdicts/1"
 RECORD = Path("docs") / "verdicts.json"
 
 
-def prove(names: list[str], full: bool, json: bool, write: bool) -> None:
+JOURNAL = Path("whence-out") / "prove.jsonl"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed."""
+
+    names: tuple[str, ...]
+    world: str | None
+    full: bool
+    key: str | None
+    journal: Path | None
+    write: bool
+
+
+def prove(asked: Asked, json: bool) -> None:
     """Run the trials of these methods (none: all), print a table or JSON, and record them if asked to.
 
-    Raises MethodError for an unknown name, OutputError where there is no ``docs`` folder to record in.
+    Raises MethodError for an unknown name, RunError for an unknown world or one whose own tests fail, OutputError where
+    there is no ``docs`` folder to record in.
     """
-    for name in names:
-        card_of(name)
-    if write and not RECORD.parent.is_dir():
+    for name in asked.names:
+        if ".py:" not in name:
+            card_of(name)
+    if asked.write and not RECORD.parent.is_dir():
         raise OutputError(f"--write {RECORD}", "no docs folder here", "run it at the root of a clone of the repository")
+    if asked.write and (asked.world or asked.key or any(".py:" in n for n in asked.names)):
+        raise OutputError(
+            "--write with another world, key or explainer", "the record holds each card's own trial",
+            "--write without --world, --key and file.py:function",
+        )  # fmt: skip
+    from ..engine.journal import Journal
     from ..engine.progress import progress
-    from ..proving import prove
+    from ..proving import pieces, prove
     from ..report.bundle import plain
 
-    with progress("trials", total=len(names or catalogue()), unit="methods") as advance:
-        rows: list[dict[str, Any]] = plain(prove(names, full, advance))
-    if write:
-        _record(rows, full)
+    kept = asked.journal or (JOURNAL if asked.full else None)
+    journal = Journal(kept) if kept else None
+    total = pieces(asked.names, asked.full, asked.world)
+    with progress("trials", total=total, unit="draws") as advance:
+        found = prove(asked.names, asked.full, advance, world=asked.world, key=asked.key, journal=journal)
+    rows: list[dict[str, Any]] = plain(found)
+    if asked.write:
+        _record(rows, asked.full)
     if json:
         print(json_text.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False))
         return
@@ -60,19 +88,45 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from .table import MARKS
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("method", "verdict", "score", "expected", "strongest control", "n", "seconds"):
-        table.add_column(heading, no_wrap=heading not in ("strongest control",))
+    for heading in ("method", "trial", "verdict", "score", "expected", "strongest control", "n", "runs", "seconds"):
+        table.add_column(heading, no_wrap=heading not in ("strongest control", "trial"))
     for row in rows:
         mark, colour = MARKS.get(row["word"], (" ", "dim"))
-        cells = [f"[bold]{escape(row['method'])}[/]", f"[{colour}]{mark} {escape(row['word'])}[/]"]
+        trial = "" if "::" in row.get("trial", "") else escape(row.get("trial", ""))
+        cells = [f"[bold]{escape(row['method'])}[/]", trial, f"[{colour}]{mark} {escape(row['word'])}[/]"]
         if "score" in row:
             name, control = max(row["controls"].items(), key=lambda item: item[1]["mean"])
             low, high = row["score"]["interval"]
             cells += [f"{row['score']['mean']:.3f} [dim]{escape(f'[{low:.2f}, {high:.2f}]')}[/]", f"{row['expect']:g}"]
-            cells += [f"{control['mean']:.3f} {escape(name)}", str(row["score"]["n"]), f"{row['seconds']:.0f}"]
+            cells += [f"{control['mean']:.3f} {escape(name)}", str(row["score"]["n"])]
+            cells += [f"{row['spent']['forwards']}" if "spent" in row else "", f"{row['seconds']:.0f}"]
         table.add_row(*cells)
     console = Console(highlight=False)
     console.print(table)
+    panels = [row for row in rows if row.get("panel")]
+    for metric, says in PANEL.items():
+        if panels:
+            console.print(_panel(panels, metric, says))
     for row in rows:
         if row.get("reason"):
             console.print(f"[bold]{escape(row['method'])}[/]: {escape(str(row['reason']))}", style="dim")
+
+
+PANEL = {
+    "auc": "do causes score higher than the rest of arm and twin? (AUC, chance .5)",
+    "sets": "are the sets found that must go together? (F1)",
+    "effects": "are the effects of interventions foretold? (rank correlation)",
+    "quiet": "is it quiet where nothing is the cause? (share)",
+}
+
+
+def _panel(rows: list[dict[str, Any]], metric: str, says: str) -> Table:
+    structures = list(dict.fromkeys(s for row in rows for s in row["panel"]))
+    table = Table(title=says, title_justify="left", title_style="dim", box=None, padding=(0, 2, 0, 0))
+    table.add_column("method", header_style="dim")
+    for structure in structures:
+        table.add_column(structure, header_style="dim", justify="right")
+    for row in rows:
+        values = [row["panel"].get(s, {}).get(metric) for s in structures]
+        table.add_row(escape(row["method"]), *("" if v is None else f"{v:.2f}" for v in values))
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import OutputError, RunError, nearest
@@ -10,7 +11,7 @@ from ..errors import OutputError, RunError, nearest
 WORLDS = ("shapes",)
 
 
-def train(world: str, out: Path | None, seed: int, steps: int | None) -> None:
+def train(world: str, out: Path | None, seed: int, steps: int | None, start: Path | None = None) -> None:
     """Train and print the folder of the finished pipeline. Raises RunError for another world or settings."""
     if world not in WORLDS:
         raise RunError(f"train {world!r}", "no such world", nearest(world, WORLDS))
@@ -22,7 +23,8 @@ def train(world: str, out: Path | None, seed: int, steps: int | None) -> None:
     from ..worlds.shapes.train import Training
     from ..worlds.shapes.train import train as train_shapes
 
-    settings = Training(seed=seed) if steps is None else Training(seed=seed, steps=steps)
+    settings = Training(seed=seed, start=str(start or ""))
+    settings = settings if steps is None else replace(settings, steps=steps)
     try:
         print(train_shapes(directory, settings, log=sys.stderr))
     except OSError as error:

@@ -97,6 +97,12 @@ def _trial(card: Card, row: Mapping[str, Any] | None) -> list[str]:
         controls = "; ".join(f"{name} {_score(c)}" for name, c in row.get("controls", {}).items())
         result += f" {score['name']} {_score(score)} {score['unit']}, n={score['n']}, {row['seconds']:g} s."
         result += f" Controls: {controls}."
+        if "spent" in row:
+            spent, budget = row["spent"], row["budget"]
+            result += (
+                f" Spent a question: {spent['forwards']} forwards of {budget['forwards']}, {spent['backwards']} "
+                f"backwards of {budget['backwards']}, {spent['seconds']:.2g} s."
+            )
     reason = (row or falsifier).get("reason")
     if reason:
         result += f" {reason[0].upper()}{reason[1:].rstrip('.')}."
@@ -104,6 +110,38 @@ def _trial(card: Card, row: Mapping[str, Any] | None) -> list[str]:
         versions = ", ".join(f"{k} {v}" for k, v in row.get("versions", {}).items())
         result += f" ({row['date']}{'; ' if versions else ''}{versions})"
     return [*lines, result]
+
+
+PANEL = {
+    "auc": "**Do causes score higher than the rest of arm and twin?** Area under the ROC curve, chance .5.",
+    "sets": "**Are the sets found that must go together to end the outcome?** F1 of exact sets; scores alone are read "
+    "as sets of one.",
+    "effects": "**Are the effects foretold** of interventions that were drawn after the answer was given? Spearman's "
+    "correlation.",
+    "quiet": "**Is it quiet where nothing is the cause?** Share of untrained and label-permuted models for which it "
+    'says "nothing", or no score reaches half of what counts as still. Methods whose scores have no scale cannot.',
+}
+
+
+def _panels(cards: Mapping[str, Card], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What each method found for each structure, world by world, with the ceiling and the floor."""
+    shown = {name: row for name, row in rows.items() if row.get("panel") and (name in cards or row.get("bound"))}
+    parts = []
+    for world in dict.fromkeys(str(row["trial"]).partition(".")[0] for row in shown.values()):
+        here = {n: r for n, r in shown.items() if str(r["trial"]).startswith(f"{world}.")}
+        structures = list(dict.fromkeys(s for row in here.values() for s in row["panel"]))
+        n = min(row["score"]["n"] for row in here.values())
+        parts.append(f"### On the world {world}\n\nMeans over {n} draws, each on a model and its sibling.")
+        for metric, says in PANEL.items():
+            lines = []
+            for name, row in here.items():
+                values = [row["panel"].get(s, {}).get(metric) for s in structures]
+                if any(v is not None for v in values):
+                    title = f"{name} ({row['bound']})" if row.get("bound") else name
+                    lines.append((title, *("" if v is None else f"{v:.2f}" for v in values)))
+            if lines:
+                parts += [says, _table(("method", *structures), lines)]
+    return ["## What was asked of each structure", *parts] if parts else []
 
 
 def _section(card: Card, row: Mapping[str, Any] | None) -> str:
@@ -171,6 +209,7 @@ def methods_page(root: Path) -> str:
         HEADER.rstrip(),
         _table(("method", "question", "works on", "cost", "verdict"), summary),
         *(_section(card, rows.get(name)) for name, card in cards.items()),
+        *_panels(cards, rows),
         _roadmap(read_systems(root / "docs" / "systems.tsv"), cards, words),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,0 +1,118 @@
+"""The worlds of questions by name, and a stranger's world by ``file.py:OBJECT``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ..engine.randomness import stream
+from ..errors import RunError, nearest
+from . import scorers
+from .ground import Draw, World, trouble
+from .trial import auc
+
+WORLDS: Mapping[str, str] = MappingProxyType(
+    {
+        "twins": "whence.worlds.twins",
+        "tokens": "whence.worlds.tokens",
+        "motifs": "whence.worlds.motifs",
+        "words": "whence.worlds.shapes.words",
+    }
+)
+KEY = "whence-ground-1"
+"""The key behind the published draws; another key gives fresh ones."""
+SOUND_DRAWS = 6
+"""A world's model-free scorers are judged over at least this many draws."""
+
+
+def from_file(spec: str, what: str) -> Any:
+    """The object of ``file.py:NAME``. Raises RunError where there is no such file or name, or it fails to load."""
+    place, _, name = spec.rpartition(":")
+    path = Path(place)
+    if not place or not path.is_file():
+        raise RunError(f"the {what} {spec!r}", f"no file {place!r}", f"path/to/file.py:NAME of your {what}")
+    loader = importlib.util.spec_from_file_location(path.stem, path)
+    assert loader is not None
+    assert loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    try:
+        loader.loader.exec_module(module)
+    except Exception as error:
+        raise RunError(
+            f"the {what} {spec!r}", f"{path} fails: {type(error).__name__}: {error}", "a file that imports"
+        ) from None
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise RunError(f"the {what} {spec!r}", f"{path} has no {name!r}", nearest(name, public))
+    return getattr(module, name)
+
+
+def find(name: str) -> World:
+    """A world by its name or by ``file.py:OBJECT``."""
+    if ".py:" in name:
+        return from_file(name, "world")  # type: ignore[no-any-return]
+    if name not in WORLDS:
+        raise RunError(f"the world {name!r}", "no such world", f"{nearest(name, WORLDS)}, or file.py:OBJECT")
+    return importlib.import_module(WORLDS[name]).WORLD  # type: ignore[no-any-return]
+
+
+def draws_of(world: World, n: int, key: str = KEY) -> list[str]:
+    """The keys of ``n`` draws."""
+    return [f"{key}/{world.name}/{i}" for i in range(n)]
+
+
+def unsound(draw: Draw) -> str:
+    """Which question of a draw is not certified, and why; "" if all are."""
+    for planted in draw.planted:
+        why = trouble(planted, stream("certify", planted.name))
+        if why:
+            return f"{planted.name}: {why}"
+    return ""
+
+
+def model_free(draws: Sequence[Draw]) -> dict[str, Any]:
+    """The model-free scorers that these draws can be asked: the common ones, and those of the question's own kind."""
+    question = draws[0].planted[0].question
+    return scorers.scorers_for(question, getattr(question, "scorers", None))
+
+
+def shortcuts(draws: Sequence[Draw]) -> dict[str, tuple[float, float, float]]:
+    """Mean AUC of each model-free scorer over draws, with its 99 % interval: (mean, low, high).
+
+    Only the question's own side is asked: on a question and its sibling together, a scorer that sees the input alone is
+    right on one exactly as much as it is wrong on the other.
+    """
+    from ..verdict import t_interval
+
+    found = {}
+    for name, scorer in model_free(draws).items():
+        values = [float(np.mean([_auc(scorer(p.question), p) for p in draw.planted])) for draw in draws]
+        found[name] = (float(np.mean(values)), *t_interval(values, 0.01))
+    return found
+
+
+def _auc(scores: Any, planted: Any) -> float:
+    return auc(np.asarray(scores, float), planted.causes, frozenset(planted.arm + planted.twin) - planted.causes)
+
+
+def must_be_sound(world: World, draws: Sequence[Draw]) -> None:
+    """Refuse a world whose own tests fail. Raises RunError naming the world and what failed."""
+    for draw in draws:
+        why = unsound(draw)
+        if why:
+            raise RunError(f"a trial on the world {world.name!r}", f"not certified: {why}", "a world that certifies")
+    if len(draws) < SOUND_DRAWS:
+        return
+    for name, (mean, low, high) in shortcuts(draws).items():
+        if not low <= 0.5 <= high:
+            raise RunError(
+                f"a trial on the world {world.name!r}",
+                f"{name}, which never asks the model, finds the causes: AUC {mean:.2f} [{low:.2f}, {high:.2f}]",
+                "twins that differ in nothing but what the model does with them",
+            )

@@ -1,0 +1,258 @@
+"""The trial of an explainer on worlds with planted causes.
+
+For each question the explainer gets a metered handle and commits its answer. Only then the oracle draws interventions:
+single units, pairs, keep-only sets (drawn anew) and swaps (put into their opposite state), and does them on the model.
+
+* ``auc``: area under the ROC curve of the scores, certified causes against the other units of arm and twin, ties half.
+* ``sets``: F1 of the committed sets with the minimal sets whose swap ends the outcome. An answer of scores alone is
+  read as one set for each unit that reaches half of the largest score.
+* ``effects``: Spearman's correlation of predicted and real effects, mean of re-renderings and of swaps.
+* ``quiet``: 1 where the answer to a null is "nothing here did it" (said, or all scores below half of what counts as
+  still), else 0.
+
+Every question is asked of the model and of its sibling with the roles swapped, and the mean counts: what sees the input
+alone cannot be right on both. An explainer that raises, overspends or returns no numbers gets 0 for that question, with
+the reason. The replicate is the draw of the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..engine.randomness import stream
+from ..errors import WhenceError
+from ..question import Answer, Budget, Explainer, Metered, Spent
+from .ground import STILL, Oracle, Planted, rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .ground import Draw
+
+METRICS = ("auc", "sets", "effects", "quiet")
+REPEATS = 16
+"""Draws per re-rendering of the oracle."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Interventions drawn after the commitment, and what they did: ``fall`` of the value for each set of units."""
+
+    redrawn: tuple[frozenset[int], ...]
+    redrawn_fall: NDArray[np.float64]
+    swapped: tuple[frozenset[int], ...]
+    swapped_fall: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One explainer on one question, model and sibling together: values[metric], what was spent, what went wrong."""
+
+    question: str
+    structure: str
+    values: dict[str, float]
+    spent: Spent
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DrawResult:
+    """One explainer on one draw of a world."""
+
+    world: str
+    key: str
+    tried: tuple[Tried, ...] = field(default=())
+
+    def mean(self, metric: str, structures: Sequence[str] = ()) -> float:
+        """Mean over the questions (of these structures; none: all)."""
+        return float(np.mean([t.values[metric] for t in self.tried if not structures or t.structure in structures]))
+
+    def record(self) -> dict[str, Any]:
+        """The JSON record."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> DrawResult:
+        """From its JSON record."""
+        tried = [
+            Tried(t["question"], t["structure"], t["values"], Spent(**t["spent"]), tuple(t["reasons"]))
+            for t in record["tried"]
+        ]
+        return cls(record["world"], record["key"], tuple(tried))
+
+
+def commit(explain: Explainer, question: Oracle, budget: Budget) -> tuple[Answer | None, Spent, str]:
+    """The explainer's answer (None: none that counts), what it spent and the reason why there is none."""
+    handle = Metered(question, budget)
+    try:
+        answer = Answer.of(explain(handle), question.units)
+    except WhenceError as error:
+        return None, handle.spent, f"asked: {error.asked}; found: {error.found}"
+    except Exception as error:
+        # A stranger's explainer may fail in any way; its row says how and the trial goes on.
+        return None, handle.spent, f"{type(error).__name__}: {error}"
+    return answer, handle.spent, ""
+
+
+def auc(scores: NDArray[np.float64], causes: Iterable[int], others: Iterable[int]) -> float:
+    """Share of (cause, other) pairs in which the cause scores higher, ties half.
+
+    >>> auc(np.array([.9, .1, .9]), [0], [1, 2])
+    0.75
+    """
+    own, rest = scores[sorted(causes)][:, None], scores[sorted(others)][None]
+    return float(((own > rest) + 0.5 * (own == rest)).mean())
+
+
+def committed_sets(answer: Answer) -> frozenset[frozenset[int]]:
+    """The sets that an answer stands for."""
+    if answer.nothing:
+        return frozenset()
+    if answer.sets is not None:
+        return frozenset(answer.sets)
+    top = float(answer.scores.max())
+    return frozenset(frozenset([int(i)]) for i in np.flatnonzero(answer.scores >= top / 2) if top > 0)
+
+
+def recovery(answer: Answer, truth: Iterable[frozenset[int]]) -> float:
+    """F1 of exact sets."""
+    found, planted = committed_sets(answer), frozenset(truth)
+    return 2 * len(found & planted) / (len(found) + len(planted))
+
+
+def correlation(predicted: Sequence[float], real: NDArray[np.float64]) -> float:
+    """Spearman's; 0 where one side is constant."""
+    from scipy.stats import spearmanr
+
+    if np.ptp(predicted) < 1e-12 or np.ptp(real) < 1e-12:
+        return 0.0
+    return float(spearmanr(predicted, real).statistic)
+
+
+@lru_cache(maxsize=512)
+def effects(planted: Planted) -> Effects:
+    """What the oracle finds. The interventions depend on nothing that an explainer is shown, and are the same for all
+    explainers of a question, so that they can be compared."""
+    q, n = planted.question, len(planted.question.units)
+    rng = stream("oracle", planted.name)
+    inside = sorted(planted.arm + planted.twin)
+    outside = [int(i) for i in rng.permutation(sorted(set(range(n)) - set(inside)))[:3]]
+    singles = [frozenset([i]) for i in (*inside, *outside)]
+    pairs = [frozenset(c) for c in combinations(inside, 2)]
+    pairs += [frozenset(rng.choice(n, 2, replace=False).tolist()) for _ in range(4)]
+    kept = [rng.choice(n, max(1, n // 3), replace=False).tolist() for _ in range(6)]
+    everything = frozenset(range(n))
+    redrawn = (*singles, *pairs, *(everything - frozenset(k) for k in kept))
+    seen = float(q.ask(np.ones((1, n), bool))[0])
+    draws = getattr(q, "repeats", REPEATS)
+    values = q.ask(~np.repeat(rows(redrawn, n), draws, 0)).reshape(len(redrawn), draws).mean(1)
+    swapped = (*singles, *pairs)
+    return Effects(redrawn, seen - values, swapped, seen - q.swap(rows(swapped, n)))
+
+
+def _judged(answer: Answer, planted: Planted) -> dict[str, float]:
+    others = frozenset(planted.arm + planted.twin) - planted.causes
+    scores = np.zeros(len(answer.scores)) if answer.nothing else answer.scores
+    found = effects(planted)
+    return {
+        "auc": auc(scores, planted.causes, others),
+        "sets": recovery(answer, planted.ends),
+        "effects": (
+            correlation([answer.predict(s) for s in found.redrawn], found.redrawn_fall)
+            + correlation([answer.predict(s) for s in found.swapped], found.swapped_fall)
+        )
+        / 2,
+    }
+
+
+def _quiet(answer: Answer | None) -> float:
+    return float(answer is not None and (answer.nothing or float(abs(answer.scores).max()) < STILL / 2))
+
+
+def try_question(explain: Explainer, planted: Planted, budget: Budget) -> Tried:
+    """One explainer on one question, its sibling and its nulls."""
+    total, reasons, values = Spent(), [], []
+
+    def ask(question: Oracle) -> Answer | None:
+        answer, spent, reason = commit(explain, question, budget)
+        total.forwards += spent.forwards
+        total.backwards += spent.backwards
+        total.seconds += spent.seconds
+        if reason and reason not in reasons:
+            reasons.append(reason)
+        return answer
+
+    for side in (planted, planted.mirrored()):
+        answer = ask(side.question)
+        values.append(_judged(answer, side) if answer else {"auc": 0.0, "sets": 0.0, "effects": 0.0})
+    found = {m: float(np.mean([v[m] for v in values])) for m in values[0]}
+    if planted.nulls:
+        found["quiet"] = float(np.mean([_quiet(ask(null)) for null in planted.nulls]))
+    asked = 2 + len(planted.nulls)
+    mean = Spent(round(total.forwards / asked), round(total.backwards / asked), round(total.seconds / asked, 4))
+    return Tried(planted.name, planted.structure, found, mean, tuple(reasons))
+
+
+def try_draw(
+    explain: Explainer,
+    draw: Draw,
+    structures: Sequence[str] = (),
+    budget: Budget | None = None,
+    advance: Callable[[], None] | None = None,
+) -> DrawResult:
+    """One explainer on one draw of a world: all its questions (of these structures; none: all)."""
+    tried = []
+    for planted in draw.planted:
+        if structures and planted.structure not in structures:
+            continue
+        tried.append(try_question(explain, planted, budget or Budget()))
+        if advance:
+            advance()
+    return DrawResult(draw.world, draw.key, tuple(tried))
+
+
+# --- floor and ceiling -----------------------------------------------------------------------------------------------
+
+
+def random_scores(question: Any) -> NDArray[np.float64]:
+    """The floor: scores that know nothing, drawn from the names of the units."""
+    return stream("control", "random", *question.units.labels, question.readout).random(len(question.units))
+
+
+def shuffled(explain: Explainer) -> Explainer:
+    """The explainer's own scores, given to the wrong units."""
+
+    def explain_shuffled(question: Any) -> NDArray[np.float64]:
+        scores = Answer.of(explain(question), question.units).scores
+        return scores[stream("control", "shuffled", *question.units.labels, question.readout).permutation(len(scores))]
+
+    return explain_shuffled
+
+
+def brute_force(question: Any, draws: int = 12) -> Answer:
+    """The ceiling: every unit and every pair drawn anew, ``draws`` times each; sets by what ends the outcome.
+
+    With b units in two states each, drawing a set of k anew puts all of it into the opposite state once in 2^k draws:
+    a set counts if the value falls by more than half in at least one draw, and no set inside it does.
+    """
+    n = len(question.units)
+    asked = [frozenset(c) for k in (1, 2) for c in combinations(range(n), k)]
+    seen = float(question.ask(np.ones((1, n), bool))[0])
+    fall = seen - question.ask(~np.repeat(rows(asked, n), draws, 0)).reshape(len(asked), draws)
+    mean = dict(zip(asked, fall.mean(1).tolist(), strict=True))
+    scores = np.array([mean[frozenset([i])] for i in range(n)])
+    together = {s: m - sum(scores[i] for i in s) for s, m in mean.items() if len(s) == 2}
+    ends: list[frozenset[int]] = []
+    for s, most in zip(asked, fall.max(1).tolist(), strict=True):
+        if most > 0.5 and not any(t < s for t in ends):
+            ends.append(s)
+    # A unit of a set that ends the outcome is a cause, though alone it may do nothing: its share of the set's effect.
+    spoken = np.array([max([scores[i], *(mean[s] / 2 for s in ends if i in s and len(s) == 2)]) for i in range(n)])
+    alone = {frozenset([i]): float(scores[i] - spoken[i]) for i in range(n)}
+    return Answer(spoken, tuple(ends), alone | together)
