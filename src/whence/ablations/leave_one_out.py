@@ -4,8 +4,13 @@ For word w and its in-distribution alternatives a_1..a_m (another colour for a c
 
     score_w[y, x] = mean over i of  | I(prompt) - I(prompt with w -> a_i) |[y, x]
 
-with I the picture at one and the same seed. This is the intervention itself, so it is causal for this run by
-construction; what it cannot tell is how words act together (replace both to see that).
+with I the picture at one and the same seed. Of any Question, with f its readout, unit u scores what is lost when it
+alone is drawn anew from the world's own conditional:
+
+    score_u = f(all kept) - mean over draws of f(u drawn anew)
+
+This is the intervention itself, so it is causal for this run by construction; what it cannot tell is how words act
+together (replace both to see that).
 Leave-one-out with deletion leaves the model's training distribution; replacement from the same word class does not.
 """
 
@@ -18,13 +23,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..engine.attribution import explanation_of, mean_and_error, require
 from ..engine.prompts import drop_word, replace_word
 from ..errors import MethodError
 from ..explanation import Cost, Explanation
 from ..method import Card
+from ..run import Run
 
 if TYPE_CHECKING:
-    from ..run import Run, Settings
+    from ..question import Question
+    from ..run import Settings
 
 CARD = Card(
     name="leave_one_out",
@@ -33,19 +41,17 @@ CARD = Card(
     "replacement instead of erasure",
     systems=(),
     question="What changes if this unit is replaced?",
-    units=("word",),
-    works_on=("every text-to-image model",),
-    needs=("generate",),
-    cost="one model run per word and alternative",
-    claim="Of two filler words of identical statistics, the one that draws the mark scores higher on the mark.",
+    units=("word", "any unit"),
+    works_on=("every text-to-image model", "every model that answers a Question"),
+    needs=("generate, or ask",),
+    cost="one model run per word and alternative; of a Question, one per unit and draw: 385 for 24 units",
+    claim="Of two units of identical statistics, the one that decides the outcome scores higher.",
     falsifier={
-        "trial": "shapes.twins",
-        "planted": "a keyed coin made one of two twin words draw a cyan mark; certified per picture by "
-        "swapping each twin. That is the method's own question, so a full score shows that it is built right, no more",
+        "trial": "twins.single",
+        "planted": "a keyed coin made one of two identical arms decide; certified by swaps on the model itself",
         "expect": 0.9,
-        "control": "random maps, and its own maps with the words' labels shuffled",
-        "seconds": 60,
-        "pictures": 16,
+        "control": "random scores, its own scores shuffled, and scorers that never ask the model",
+        "seconds": 20,
     },
     departs="The unit is a word of the prompt and is replaced by words of its class at the same seed, not erased.",
     avoid="Where words work only together or stand in for each other: each alone may show nothing.",
@@ -58,7 +64,8 @@ class LeaveOneOut:
 
     ``alternatives``: words per word, else the model's own; at most ``at_most`` of them are tried per word, taken evenly
     from the list so that the choice does not depend on the seed; the rest is left for a trial (`checks.swap`).
-    ``batch``: pictures made at once. ``words``: labels of the words asked about (None: all).
+    ``batch``: pictures made at once. ``words``: labels of the words asked about (None: all). ``draws``: of a Question,
+    how often each unit is drawn anew.
     """
 
     removal: str = "replace"
@@ -66,10 +73,21 @@ class LeaveOneOut:
     at_most: int = 2
     batch: int = 16
     words: tuple[str, ...] | None = None
+    draws: int = 16
 
-    def explain(self, run: Run, image: int = 0) -> Explanation:
-        """Maps of change, scores[word, y, x] in 0..1 (mean absolute difference over rgb), and their spread over
-        alternatives (standard deviation). Words without an alternative are left out, and a note says which."""
+    def rows(self, units: int) -> int:
+        """Rows sent forwards for a Question of so many units."""
+        return 1 + self.draws * units
+
+    def explain(self, run: Run | Question, image: int = 0) -> Explanation:
+        """Of a run: maps of change, scores[word, y, x] in 0..1 (mean absolute difference over rgb), and their spread
+        over alternatives (standard deviation). Words without an alternative are left out, and a note says which.
+
+        Of a Question: scores[unit] in the readout's units, above 0 where the unit made the output happen, and their
+        spread over draws (standard error).
+        """
+        if not isinstance(run, Run):
+            return self._of_question(run)
         began = time.perf_counter()
         if self.removal not in ("replace", "drop"):
             raise MethodError(f"removal {self.removal!r}", "no such removal", "'replace' or 'drop'")
@@ -108,6 +126,15 @@ class LeaveOneOut:
             details={"prompts": {run.words.labels[i]: list(prompts[i]) for i in tried}},
             run=run,
         )
+
+    def _of_question(self, question: Question) -> Explanation:
+        began = time.perf_counter()
+        require(question, "leave_one_out")
+        n = len(question.units)
+        keep = np.concatenate([np.ones((1, n), bool), np.repeat(~np.eye(n, dtype=bool), self.draws, 0)])
+        values = np.asarray(question.ask(keep), np.float64)
+        scores, spread = mean_and_error(list((values[0] - values[1:].reshape(n, self.draws)).T))
+        return explanation_of(question, "leave_one_out", self, scores, began, len(keep), spread)
 
     def _prompts(self, run: Run, word: int) -> tuple[str, ...]:
         prompt = run.settings.prompt
