@@ -59,6 +59,11 @@ def test_blocks_heads_and_layers_choose_what_is_read(run):
     assert not any("mid_block" in name for name in paper.details["layers"])
     one = everything.details["layers"][0]
     assert DAAM(layers=(one,)).explain(run).details["layers"] == [one]
+    two = everything.details["layers"][:2]
+    picked = DAAM(heads={two[0]: (0,), two[1]: (1,)}).explain(run)
+    assert (picked.details["layers"], picked.details["heads"]) == (two, 2)
+    alone = [DAAM(layers=(n,), heads=(h,)).explain(run).scores for n, h in zip(two, (0, 1), strict=True)]
+    np.testing.assert_allclose(picked.scores, np.mean(alone, 0), atol=1e-3)
     with pytest.raises(WrongMapError, match="would work"):
         DAAM(layers=("no such layer",)).explain(run)
 

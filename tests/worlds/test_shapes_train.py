@@ -56,3 +56,11 @@ def test_a_stopped_training_goes_on_to_the_same_bits(stop, finished, tmp_path, m
 def test_another_setting_in_the_same_directory_is_refused(finished):
     with pytest.raises(RunError, match="seed 0"):
         training.train(finished.parent, training.Training(**(vars(TINY) | {"seed": 1})))
+
+
+def test_training_goes_on_from_a_finished_pipeline(finished, tmp_path):
+    on = training.Training(**(vars(TINY) | {"start": str(finished), "learning_rate": 1e-9}))
+    same, was = weights(training.train(tmp_path / "on", on, log=io.StringIO())), weights(finished)
+    assert all(abs(same[k].float() - was[k].float()).max() < 1e-3 for k in was)
+    with pytest.raises(RunError, match="a pipeline that"):
+        training.train(tmp_path / "off", training.Training(**(vars(TINY) | {"start": str(tmp_path)})))

@@ -15,6 +15,7 @@ What it shows is where the model *looked* for the word, not what the word *cause
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -58,12 +59,12 @@ CARD = Card(
 @dataclass(frozen=True)
 class DAAM:
     """Settings. ``blocks``: which parts of the UNet are read ("mid" too, if asked); ``layers``: names of attention
-    layers (None: all); ``heads``: head numbers or "all"; ``every``: record each k-th step; ``threshold``: tau of the
-    regions, the paper's .3 to .5."""
+    layers (None: all); ``heads``: head numbers, "all", or {layer: head numbers}, which reads these layers only;
+    ``every``: record each k-th step; ``threshold``: tau of the regions, the paper's .3 to .5."""
 
     blocks: tuple[str, ...] = ("down", "up")
     layers: tuple[str, ...] | None = None
-    heads: tuple[int, ...] | Literal["all"] = "all"
+    heads: tuple[int, ...] | Mapping[str, tuple[int, ...]] | Literal["all"] = "all"
     every: int = 1
     threshold: float = 0.4
 
@@ -100,7 +101,8 @@ class DAAM:
         total, heads = torch.zeros(len(run.words), height, width), 0
         for m in read:
             every = range(m.values.shape[1])
-            chosen = [h for h in every if self.heads == "all" or h in self.heads]
+            wanted = self.heads[m.name] if isinstance(self.heads, Mapping) else self.heads
+            chosen = [h for h in every if wanted == "all" or h in wanted]
             if not chosen:
                 continue
             f = m.values[0, chosen].float()
@@ -125,6 +127,8 @@ class DAAM:
         )
 
     def _reads(self, layer: str) -> bool:
+        if isinstance(self.heads, Mapping):
+            return layer in self.heads
         part = next((b for b in ("down", "mid", "up") if f"{b}_block" in layer), "")
         return (not part or part in self.blocks) and (self.layers is None or layer in self.layers)
 

@@ -63,7 +63,7 @@ def word_tokenizer(words: Sequence[str], length: int = TOKENS) -> Any:
 def build_pipeline(words: Sequence[str], seed: int = 0) -> Any:
     """An untrained ``StableDiffusionPipeline`` for 64 x 64 pictures with 16 x 16 latents, about 5 M parameters."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = word_tokenizer(words)
@@ -104,13 +104,13 @@ def build_pipeline(words: Sequence[str], seed: int = 0) -> Any:
             cross_attention_dim=128,
             attention_head_dim=(2, 4, 4),  # diffusers reads this as the number of heads for this model class
         )
-    scheduler = DDIMScheduler(
+    # Fresh noise at every step lets later steps mend what early ones got wrong: the deterministic sampler draws an object
+    # too many far more often.
+    scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
     )
     return StableDiffusionPipeline(
         vae=vae,
