@@ -14,7 +14,7 @@ warnings.simplefilter("ignore")
 from daam import trace  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
 
-STEPS, GUIDANCE = 20, 2.0
+STEPS, GUIDANCE = 30, 2.0
 
 
 def main(directory: str, jobs: str, out: str) -> None:

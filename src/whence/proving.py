@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import MethodError, WhenceError
+from .errors import MethodError, RunError, WhenceError
 from .method import Card, card_of, catalogue
 from .method import load as load_method
 
@@ -327,7 +327,14 @@ def _on_questions(
             f"{label} on the world {world!r}", f"its trial is {card.falsifier['trial']}: it maps pictures",
             ", ".join(n for n, c in catalogue().items() if asks_questions(c)),
         )  # fmt: skip
-    found, draws = ground[world or place]
+    try:
+        found, draws = ground[world or place]
+    except RunError as error:
+        if world or not card:
+            raise
+        # The other methods' trials go on.
+        row = {"method": label, "claim": card.claim, "trial": card.falsifier["trial"], "word": "not shown"}
+        return row | {"reason": f"asked: {error.asked}; found: {error.found}"}
     if structure not in found.structures:
         structure = found.structures[0]
     more: Mapping[str, Any] = {"claim": card.claim, "expect": float(card.falsifier["expect"])} if card else {}

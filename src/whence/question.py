@@ -51,8 +51,8 @@ class White(Question, Protocol):
 
     @property
     def inputs(self) -> Tensor:
-        """The observed input as a floating tensor, [1, ...]: features, token embeddings [1, token, width] or edge
-        weights [1, edge]."""
+        """The observed input as a floating tensor, [1, ...]: features, token embeddings [1, token, width] or weights
+        of the places that an edge may have [1, place]."""
         ...
 
     @property

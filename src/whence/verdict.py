@@ -50,8 +50,9 @@ class Verdict:
     ``effect``, ``control`` and ``beyond`` (effect minus control) are means over ``n`` replicates in ``unit``; their
     intervals have the level of one look. ``p`` is exact: sign flips of the paired effects for *runs like this*, the
     standing among the controls for *this run*. ``looks`` are those taken. ``needed_n`` is how many replicates would
-    decide an undecided claim; None where it is decided or where no number would. ``replicate`` is "seed" or
-    "alternative". ``details`` may have the "evidence" and the "intervention": the lines printed after the claim.
+    decide an undecided claim; None where it is decided or where no number would. ``replicate`` is "seed",
+    "alternative", or what else was repeated: "picture", "draw", "question", "null". ``details`` may have the "evidence"
+    and the "intervention": the lines printed after the claim.
     """
 
     claim: str

@@ -31,7 +31,7 @@ def every(planted: Planted) -> Any:
 
 def untrained(key: str) -> list[Any]:
     """Questions of a key as they are before any training: inputs are those of the trained model."""
-    made = sentences.make(key, steps=0)
+    made = sentences.make(key, steps=(0,))
     return [made.plant(s, 0) for s in STRUCTURES]
 
 
@@ -59,7 +59,7 @@ def test_each_swap_of_arm_and_twin_does_what_the_recipe_says(structure: str, pla
 
 def test_training_leaves_inputs_as_they_were(planted: dict[str, Any]) -> None:
     attempts = sentences.attempts(FRESH[0])
-    before: Any = sentences.make(FRESH[0], steps=0)
+    before: Any = sentences.make(FRESH[0], steps=(0,))
     for structure, p in planted.items():
         q = before.plant(structure, attempts[structure])
         assert torch.equal(p.question.inputs, q.question.inputs)
@@ -88,13 +88,13 @@ def test_no_scorer_finds_a_cause_without_the_model() -> None:
 
 
 def test_words_are_equally_long_and_orthogonal() -> None:
-    table = sentences.make(FRESH[0], steps=0).model.get_input_embeddings().weight.double()
+    table = sentences.make(FRESH[0], steps=(0,)).model.get_input_embeddings().weight.double()
     torch.testing.assert_close(table @ table.T, torch.eye(len(table), dtype=torch.double))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_words_of_arm_and_twin_are_used_alike(structure: str) -> None:
-    arms = sentences.make(FRESH[0], steps=0).arms
+    arms = sentences.make(FRESH[0], steps=(0,)).arms
     states = arms.render(stream("used alike").standard_normal((8000, len(arms.names), 2)))
     patterns = []
     for side in (arms.arm, arms.twin):
@@ -179,7 +179,7 @@ def test_attention_is_what_the_tokens_of_units_get(planted: dict[str, Any]) -> N
 
 def test_the_same_key_gives_the_same_bits_twice() -> None:
     def few() -> Any:
-        return sentences.make("bits", steps=4).plant("xor", 0)
+        return sentences.make("bits", steps=(4,)).plant("xor", 0)
 
     first = few()
     keep = np.zeros((3, len(first.question.units)), bool)

@@ -88,18 +88,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from .table import MARKS
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("method", "trial", "verdict", "score", "expected", "strongest control", "n", "runs", "seconds"):
-        table.add_column(heading, no_wrap=heading not in ("strongest control", "trial"))
+    for heading in ("method", "verdict", "score", "expected", "strongest control", "n", "seconds"):
+        table.add_column(heading, no_wrap=heading not in ("strongest control",))
     for row in rows:
         mark, colour = MARKS.get(row["word"], (" ", "dim"))
-        trial = "" if "::" in row.get("trial", "") else escape(row.get("trial", ""))
-        cells = [f"[bold]{escape(row['method'])}[/]", trial, f"[{colour}]{mark} {escape(row['word'])}[/]"]
+        cells = [f"[bold]{escape(row['method'])}[/]", f"[{colour}]{mark} {escape(row['word'])}[/]"]
         if "score" in row:
             name, control = max(row["controls"].items(), key=lambda item: item[1]["mean"])
             low, high = row["score"]["interval"]
             cells += [f"{row['score']['mean']:.3f} [dim]{escape(f'[{low:.2f}, {high:.2f}]')}[/]", f"{row['expect']:g}"]
-            cells += [f"{control['mean']:.3f} {escape(name)}", str(row["score"]["n"])]
-            cells += [f"{row['spent']['forwards']}" if "spent" in row else "", f"{row['seconds']:.0f}"]
+            cells += [f"{control['mean']:.3f} {escape(name)}", str(row["score"]["n"]), f"{row['seconds']:.0f}"]
         table.add_row(*cells)
     console = Console(highlight=False)
     console.print(table)

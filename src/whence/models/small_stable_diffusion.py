@@ -104,13 +104,14 @@ def build_pipeline(words: Sequence[str], seed: int = 0) -> Any:
             cross_attention_dim=128,
             attention_head_dim=(2, 4, 4),  # diffusers reads this as the number of heads for this model class
         )
-    # Fresh noise at every step lets later steps mend what early ones got wrong: the deterministic sampler draws an object
-    # too many far more often.
+    # Fresh noise at every step lets later steps mend what early ones got wrong: a deterministic sampler
+    # draws an object too many far more often.
     scheduler = DDPMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,
     )
     return StableDiffusionPipeline(
         vae=vae,

@@ -26,11 +26,14 @@ SAMPLE = 128
 
 
 def _by_unit(question: White) -> tuple[Scores, Scores]:
-    """(seen[unit, entry], background[row, unit, entry]); units have equally many entries."""
+    """(seen[unit, entry], background[row, unit, entry]); units of fewer entries are filled up with zeros."""
     owner = question.unit_of[0].ravel().numpy()
-    entries = np.stack([np.flatnonzero(owner == i) for i in range(len(question.units))])
-    seen = question.inputs[0].detach().ravel().double().numpy()
+    listed = [np.flatnonzero(owner == i) for i in range(len(question.units))]
+    width = max(map(len, listed))
+    entries = np.array([[*e, *[len(owner)] * (width - len(e))] for e in listed], int)
+    seen = np.append(question.inputs[0].detach().ravel().double().numpy(), 0.0)
     around = question.background(SAMPLE).detach().flatten(1).double().numpy()
+    around = np.pad(around, ((0, 0), (0, 1)))
     return seen[entries], around[:, entries]
 
 

@@ -28,7 +28,7 @@ from .vocabulary import alternatives
 if TYPE_CHECKING:
     from ..controls import Explainer
 
-STEPS, GUIDANCE, BATCH = 20, 2.0, 16
+STEPS, GUIDANCE, BATCH = 30, 2.0, 16
 
 
 @dataclass(frozen=True)

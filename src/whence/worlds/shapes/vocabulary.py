@@ -36,5 +36,5 @@ def record() -> dict[str, Any]:
     return {
         "words": list(WORDS),
         "alternatives": {w: list(alternatives(w)) for w in WORDS if alternatives(w)},
-        "defaults": {"steps": 20, "guidance": 2.0},
+        "defaults": {"steps": 30, "guidance": 2.0},
     }
