@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import whence
 from whence.explanation import Explanation
 from whence.method import Card, card_of, catalogue, load
-from whence.proving import DRAWS, Ground, asks_questions
+from whence.proving import Ground, asks_questions
 from whence.run import Run
 from whence.score import Score
 from whence.worlds.controls import random_maps, shuffled
+from whence.worlds.ground import Draw
 from whence.worlds.trial import random_scores, try_draw
 from whence.worlds.trial import shuffled as scores_shuffled
 
@@ -56,11 +58,19 @@ def ground() -> Ground:
     return Ground(DRAWS)
 
 
+DRAWS = 14
+"""Fewer, and shuffled scores could reach what a card expects by chance."""
+
+
+def without_nulls(draw: Draw) -> Draw:
+    return replace(draw, planted=tuple(replace(p, nulls=()) for p in draw.planted))
+
+
 def trial(card: Card, explain: Callable[[Any], Any]) -> Score:
     if asks_questions(card):
         world, structure = card.falsifier["trial"].split(".")
         draws = ground()[world][1]
-        return Score.of(card.name, "AUC", [try_draw(explain, d, [structure]).mean("auc") for d in draws])
+        return Score.of(card.name, "AUC", [try_draw(explain, without_nulls(d), [structure]).mean("auc") for d in draws])
     world, name = card.falsifier["trial"].split(".")
     function = getattr(import_module(f"whence.worlds.{world}.trials"), name)
     score = function(explain, card.falsifier.get("pictures", PICTURES), model())

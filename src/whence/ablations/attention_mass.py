@@ -36,6 +36,9 @@ CARD = Card(
     cost="one forward",
     claim="The token that decides the outcome gets more attention than its twin that does nothing.",
     falsifier={
+        "status": "not shown",
+        "reason": "on two draws of the world tokens it found every single cause (AUC 1.0) and missed either-or; its "
+        "trial on enough draws takes many minutes and has not been run",
         "trial": "tokens.single",
         "planted": "a keyed coin made one of two twin tokens decide the outcome; certified on the model by swaps",
         "expect": 0.9,

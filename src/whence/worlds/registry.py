@@ -83,7 +83,8 @@ def model_free(draws: Sequence[Draw]) -> dict[str, Any]:
 
 
 def shortcuts(draws: Sequence[Draw]) -> dict[str, tuple[float, float, float]]:
-    """Mean AUC of each model-free scorer over draws, with its 99 % interval: (mean, low, high).
+    """Mean AUC of each model-free scorer over draws, with its interval: (mean, low, high). All intervals together hold
+    in 99 % of sound worlds.
 
     Only the question's own side is asked: on a question and its sibling together, a scorer that sees the input alone is
     right on one exactly as much as it is wrong on the other.
@@ -91,9 +92,10 @@ def shortcuts(draws: Sequence[Draw]) -> dict[str, tuple[float, float, float]]:
     from ..verdict import t_interval
 
     found = {}
-    for name, scorer in model_free(draws).items():
+    scorers_asked = model_free(draws)
+    for name, scorer in scorers_asked.items():
         values = [float(np.mean([_auc(scorer(p.question), p) for p in draw.planted])) for draw in draws]
-        found[name] = (float(np.mean(values)), *t_interval(values, 0.01))
+        found[name] = (float(np.mean(values)), *t_interval(values, 0.01 / len(scorers_asked)))
     return found
 
 
