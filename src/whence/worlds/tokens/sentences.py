@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 DISTRACTORS = 2
 _CLS, _SEP, _WORDS = 0, 1, 2
-_STEPS, _BATCH, _RATE = (600, 1_500), 48, 4e-3
+_STEPS, _BATCH, _RATE = (300, 900), 48, 4e-3
 """Steps of training, and those of a second one where the first did not learn all structures; sequences of a step."""
+_LAST = 15
+"""How much faster the last layer learns: it has to become sure, and begins far from it."""
 _NULL_STEPS = 60
 """Steps of the network that learns from dealt labels: after that many, its sibling of true labels says a good deal."""
 _CHUNK = 256
@@ -153,9 +155,13 @@ def _train(arms: Arms, key: str, name: str, steps: int, dealt: bool = False) -> 
     aids = _aids(arms, np.zeros((1, units), bool)).shape[1]
     model = build_classifier(_WORDS + 2 * units, units + 2, outputs + aids, seed_of("tokens", key, "weights"))
     if steps:
-        learned = [p for p in model.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(learned, lr=_RATE, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=steps, pct_start=0.1)
+        last = list(model.classifier.parameters())
+        first = [p for p in model.bert.parameters() if p.requires_grad]
+        groups = [{"params": first}, {"params": last}]
+        optimiser = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.98), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, [_RATE, _LAST * _RATE], total_steps=steps, pct_start=0.1, cycle_momentum=False
+        )
         table = model.get_input_embeddings().weight
         with torch.enable_grad():
             for _ in range(steps):
@@ -167,6 +173,7 @@ def _train(arms: Arms, key: str, name: str, steps: int, dealt: bool = False) -> 
                 loss = nn.functional.binary_cross_entropy_with_logits(said, torch.from_numpy(labels))
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_([*first, *last], 1.0)
                 optimiser.step()
                 schedule.step()
     return model.requires_grad_(False)
