@@ -3,7 +3,7 @@
 Fresh prompts of the world, one seed each, at the model's own steps and guidance; 95 % Clopper-Pearson intervals. "aim"
 is what the project wants of the model. ``--write`` also writes the table of the model card.
 
-    python -m benchmarks.shapes_accuracy --json [--pictures 100]
+    python -m benchmarks.shapes_accuracy --json [--pictures 100] [--model DIRECTORY]
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ def main() -> None:
     """Run the benchmark."""
     parser = arguments(str(__doc__))
     parser.add_argument("--pictures", type=int, default=100, help="pictures per kind of prompt")
+    parser.add_argument("--model", help="the pipeline of another training (default: the embedded model)")
     options = parser.parse_args()
-    model = whence.load()
+    if options.model and options.write:
+        parser.error("--write keeps the embedded model's numbers: leave out --model")
+    model = whence.load(options.model) if options.model else whence.load()
     judged: dict[str, list] = {}
     kinds = ("one", "two", "relation", "count", "three")
     with progress("pictures", total=options.pictures * len(kinds), unit="pictures") as advance:

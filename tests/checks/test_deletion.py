@@ -8,39 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from wired import GRADED, Values, Wired, weighted
 
 from whence.checks.deletion import NO_ORDER, Scale, areas_of, curves, cuts_of, deletion, orders_of, scale_of
+from whence.checks.insertion import insertion
 from whence.engine.randomness import stream
 from whence.errors import MethodError
 from whence.explanation import Cost, Explanation
 from whence.question import Answer, Budget, Metered
 from whence.units import Units
-from whence.verdict import REFUTED, RUNS_LIKE_THIS, SUPPORTED, THIS_RUN, UNDECIDED
-
-Values = Callable[[Any], Any]
-
-
-class Wired:
-    """``value(states[row, unit])``; observed states ``x`` (all 1), re-rendered ones are 0 or 1 with equal chance."""
-
-    readout, capabilities = "value", frozenset[str]()
-
-    def __init__(self, value: Values, n: int, name: object = "") -> None:
-        self.value, self.x, self.rng = value, np.ones(n), stream("wired", name)
-        self.units = Units("unit", tuple(f"u{i}" for i in range(n)), tuple(((i,),) for i in range(n)))
-
-    def ask(self, keep: np.ndarray) -> np.ndarray:
-        fresh = self.rng.integers(0, 2, keep.shape)
-        return np.asarray(self.value(np.where(keep, self.x, fresh)), float)
-
-
-def weighted(weights: np.ndarray) -> Values:
-    return lambda s: s @ weights / weights.sum()
-
-
-GRADED = np.zeros(12)
-GRADED[[2, 5, 9, 11]] = 8, 4, 2, 1
-"""Effects of twelve units: 8, 4, 2, 1 and eight times nothing."""
+from whence.verdict import REFUTED, RUNS_LIKE_THIS, SUPPORTED, THIS_RUN, UNDECIDED, Verdict
 
 
 def single(cause: int) -> Values:
@@ -58,12 +35,13 @@ def both(a: int, b: int) -> Values:
 # --- truth
 
 
-def test_only_the_true_scores_are_supported() -> None:
+@pytest.mark.parametrize("check", [deletion, insertion])
+def test_only_the_true_scores_are_supported(check: Callable[..., Verdict]) -> None:
     words: dict[str, list[str]] = {name: [] for name in ("truth", "random", "shuffled", "constant", "reversed")}
     effects = []
     for i in range(10):
         question = Wired(weighted(GRADED), 12, i)
-        scale = scale_of(question, seed=i)
+        scale = scale_of(question, insert=check is insertion, seed=i)
         rng = stream("guesses", i)
         given = {
             "truth": GRADED,
@@ -72,7 +50,7 @@ def test_only_the_true_scores_are_supported() -> None:
             "constant": np.ones(12),
             "reversed": -GRADED,
         }
-        found = {name: deletion(scores, question, scale=scale, seed=i) for name, scores in given.items()}
+        found = {name: check(scores, question, scale=scale, seed=i) for name, scores in given.items()}
         effects.append(found["truth"].effect)
         for name, verdict in found.items():
             words[name].append(verdict.word)

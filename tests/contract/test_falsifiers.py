@@ -102,6 +102,6 @@ def test_an_explanation_that_knows_nothing_does_not(name: str, control: str) -> 
     assert score.interval[1] < card.falsifier["expect"], f"{score} could still reach {card.falsifier['expect']}"
 
 
-@pytest.mark.parametrize("name", NOT_SHOWN or [pytest.param("", marks=pytest.mark.skip(reason="every claim is shown"))])
-def test_a_claim_that_is_not_shown_says_why(name: str) -> None:
-    assert len(card_of(name).falsifier["reason"]) > 20
+def test_a_claim_that_is_not_shown_says_why() -> None:
+    for name in NOT_SHOWN:
+        assert len(card_of(name).falsifier["reason"]) > 20, name

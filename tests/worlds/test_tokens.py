@@ -8,25 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from arms_checks import auc, does_what_was_planted, every, swaps_do_what_the_recipe_says
 from scipy import stats
 
 from whence.engine.randomness import stream
 from whence.verdict import t_interval
-from whence.worlds.ground import ENDS, STILL, STRUCTURES, Planted, rows, subsets, trouble
+from whence.worlds.ground import ENDS, STILL, STRUCTURES, rows, trouble
 from whence.worlds.scorers import SCORERS
 from whence.worlds.tokens import WORLD, sentences
 
 FRESH = ["test 0", "test 1", "test 2"]
 KEYS = [f"test {i}" for i in range(12)]
-
-
-def auc(scores: Any, causes: Any, others: Any) -> float:
-    """How often a cause scores above another unit, ties counting half."""
-    return float(np.mean([np.sign(scores[i] - scores[j]) / 2 + 0.5 for i in causes for j in others]))
-
-
-def every(planted: Planted) -> Any:
-    return np.ones((1, len(planted.question.units)), bool)
 
 
 def untrained(key: str) -> list[Any]:
@@ -42,19 +34,12 @@ def planted() -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", FRESH)
 def test_the_model_does_what_was_planted_on_fresh_keys(key: str) -> None:
-    draw = WORLD.draw(key)
-    assert [p.structure for p in draw.planted] == list(STRUCTURES)
-    assert {p.structure: trouble(p, stream(0)) for p in draw.planted} == dict.fromkeys(STRUCTURES, "")
+    does_what_was_planted(WORLD.draw(key))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_each_swap_of_arm_and_twin_does_what_the_recipe_says(structure: str, planted: dict[str, Any]) -> None:
-    p, arms = planted[structure], sentences.make(FRESH[0]).arms
-    which = rows(subsets(p.arm + p.twin), len(p.question.units))
-    output, seen = list(STRUCTURES).index(structure), p.question.seen
-    expected = arms.outcomes(arms.opposite(seen, which))[:, output] == arms.outcomes(seen)[output]
-    assert 0 < expected.sum() < len(expected)
-    np.testing.assert_array_equal(p.question.swap(which) > ENDS, expected)
+    swaps_do_what_the_recipe_says(planted[structure], sentences.make(FRESH[0]).arms)
 
 
 def test_training_leaves_inputs_as_they_were(planted: dict[str, Any]) -> None:

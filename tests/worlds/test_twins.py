@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from arms_checks import auc, does_what_was_planted, every, swaps_do_what_the_recipe_says
 from scipy import stats
 
 from whence.engine.randomness import stream
 from whence.errors import RunError
 from whence.question import Budget, Metered
 from whence.verdict import t_interval
-from whence.worlds.ground import ENDS, STILL, STRUCTURES, Planted, rows, subsets, trouble
+from whence.worlds.ground import STILL, STRUCTURES, Planted, rows, trouble
 from whence.worlds.scorers import SCORERS
 from whence.worlds.twins import WORLD, tabular
 from whence.worlds.twins.arms import COPIES, NOISE, Arms, lay_out
@@ -27,18 +28,9 @@ ALPHA = 0.01 / (len(SCORERS) * len(STRUCTURES))
 """Of one among so many looks; keys are fixed, so that a test that passes passes always."""
 
 
-def auc(scores: Any, causes: Any, others: Any) -> float:
-    """How often a cause scores above another unit, ties counting half."""
-    return float(np.mean([np.sign(scores[i] - scores[j]) / 2 + 0.5 for i in causes for j in others]))
-
-
 def counterparts(p: Planted) -> list[int]:
     """The twins of the causes."""
     return [t for a, t in zip(p.arm, p.twin, strict=True) if a in p.causes]
-
-
-def every(planted: Planted) -> Any:
-    return np.ones((1, len(planted.question.units)), bool)
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +40,12 @@ def planted() -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", FRESH)
 def test_the_model_does_what_was_planted_on_fresh_keys(key: str) -> None:
-    draw = WORLD.draw(key)
-    assert [p.structure for p in draw.planted] == list(STRUCTURES)
-    assert {p.structure: trouble(p, stream(0)) for p in draw.planted} == dict.fromkeys(STRUCTURES, "")
+    does_what_was_planted(WORLD.draw(key))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_each_swap_of_arm_and_twin_does_what_the_recipe_says(structure: str, planted: dict[str, Any]) -> None:
-    p, arms = planted[structure], tabular.make(FRESH[0]).arms
-    which = rows(subsets(p.arm + p.twin), len(p.question.units))
-    output = list(STRUCTURES).index(structure)
-    seen = p.question.seen
-    expected = arms.outcomes(arms.opposite(seen, which))[:, output] == arms.outcomes(seen)[output]
-    assert 0 < expected.sum() < len(expected)
-    np.testing.assert_array_equal(p.question.swap(which) > ENDS, expected)
+    swaps_do_what_the_recipe_says(planted[structure], tabular.make(FRESH[0]).arms)
 
 
 @pytest.mark.parametrize("structure", sorted(COPIES))

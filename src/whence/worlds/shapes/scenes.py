@@ -146,25 +146,22 @@ class Scene:
 
 
 def _draw_fillers(rng: np.random.Generator) -> tuple[str, ...]:
-    """Each filler alone, each pair, each negated twin: both sides of a twin with the same probability."""
-    if rng.random() < 0.5:
+    """None, one or both twins, some of them negated; words of no, one or both pairs. Which twin, which pair and which
+    order are even coins. At most six words, or a caption could be longer than the text encoder reads."""
+    if rng.random() < 0.45:
         return ()
     out: list[str] = []
+    both = False
     if rng.random() < 0.65:
-        twin = TWINS[rng.integers(2)]
-        roll = rng.random()
-        if roll < 0.2:
-            out += ["no", twin]
-        elif roll < 0.3:
-            out += list(TWINS) if rng.integers(2) else list(TWINS[::-1])
-        else:
-            out += [twin]
-    if rng.random() < 0.55:
-        pair = PAIRS[rng.integers(2)]
-        if rng.random() < 0.5:
-            out += list(pair) if rng.integers(2) else list(pair[::-1])
-        else:
-            out += [pair[rng.integers(2)]]
+        both = rng.random() < 0.25
+        twins = rng.permutation(TWINS).tolist()[: 1 + both]
+        negated = rng.random(len(twins)) < 0.3
+        out += [w for twin, no in zip(twins, negated, strict=True) for w in ((["no"] if no else []) + [twin])]
+    if rng.random() < 0.6:
+        pairs = rng.permutation(2)[: 1 if both else 1 + (rng.random() < 0.35)]
+        for i in pairs:
+            words = rng.permutation(PAIRS[i]).tolist()
+            out += words if rng.random() < 0.6 else words[:1]
     return tuple(out)
 
 

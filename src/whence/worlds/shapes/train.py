@@ -1,9 +1,10 @@
 """Trains the `shapes` model from nothing: picture codec, then caption reader, then denoiser.
 
 1. *Codec*: the VAE learns to redraw scenes; its posterior's variance is held by a small Kullback-Leibler weight.
-2. *Reader*: the text encoder learns to tell, at each noun, what the words so far say of it, and at the end of the
-   caption the whole factor table. Then it is frozen, as Stable Diffusion's is. The heads are thrown away; a denoiser's
-   loss alone teaches reading ten times more slowly at this size.
+2. *Reader*: the text encoder learns to tell, at each noun, what the words so far say of it, at the word that ends a
+   relation what its first object is (it stood too early to know its side), and at the end of the caption the whole
+   factor table. Then it is frozen, as Stable Diffusion's is. The heads are thrown away; a denoiser's loss alone
+   teaches reading ten times more slowly at this size.
 3. *Denoiser*: the UNet on the v-prediction loss (Salimans & Ho 2022, eq. 11), captions from easy to hard, 10 % of them
    dropped for classifier-free guidance, exponential moving average of the weights. Two linear heads on its upward
    blocks learn beside it which object each place of the clean picture holds (an auxiliary loss on hidden features, as
@@ -40,16 +41,19 @@ from .scenes import BACKGROUNDS, COLOURS, KEY, KINDS, RELATIONS, SHAPES, SIZES, 
 
 EASY = {"one": 0.55, "two": 0.2, "relation": 0.05, "count": 0.2, "three": 0.0}
 FULL = {"one": 0.11, "two": 0.18, "relation": 0.42, "count": 0.24, "three": 0.05}
-DECISIVE = (0.6, 0.98)
+DECISIVE = (0.65, 1.0)
 """Share of the schedule, from clean to noise, that half of the timesteps are drawn from."""
+HELD = 20.0
+"""Weight of a reader's squared distance from the states that the denoiser already knows, when a training goes on."""
 
 
 @dataclass(frozen=True)
 class Training:
     """Settings of one training. Steps are optimiser steps; ``checkpoint`` is in seconds.
 
-    ``start``: a trained pipeline's directory whose weights are trained on, without codec and reader steps ("": from
-    nothing). ``compile`` fuses the denoiser's kernels (needs a C++ compiler, and minutes to compile).
+    ``start``: a trained pipeline's directory whose weights are trained on, without codec steps, with a reader held near
+    the states that the denoiser knows, and with captions of the full mixture at once ("": from nothing). ``compile``
+    fuses the denoiser's kernels (needs a C++ compiler, and minutes to compile).
     """
 
     seed: int = 0
@@ -89,8 +93,7 @@ def train(directory: Path, settings: Training | None = None, log: Any = sys.stde
     else:
         _codec(pipe, s, directory, log)
     pool = _pool(pipe, s, directory)
-    if not s.start:
-        _reader(pipe, s, pool, directory, log)
+    _reader(pipe, s, pool, directory, log)
     _denoiser(pipe, s, pool, directory, log)
     fresh, final = directory / "pipeline.part", directory / "pipeline"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -326,6 +329,7 @@ def _pool(pipe: Any, s: Training, directory: Path) -> _Pool:
 # --- 2. reader -------------------------------------------------------------------------------------------------------
 
 _NOUNS = (*SHAPES, *scenes.PLURALS.values())
+_OPPOSITE = [RELATIONS.index(r) for r in ("right of", "left of", "below", "above")]
 _HEADS = {
     "colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": len(SIZES) + 1,
     "relation": len(RELATIONS) + 1, "number": 3,
@@ -360,7 +364,12 @@ def _reader(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> N
     t = _Trainee(heads, directory / "reader.safetensors", s.reader_steps, 1e-3, s.checkpoint)
     facts = torch.tensor([_facts(x) for x in pool.scenes])
     noun_ids = torch.tensor([pipe.tokenizer(w).input_ids[1] for w in _NOUNS])
+    last_ids = torch.tensor([pipe.tokenizer(r).input_ids[-2] for r in RELATIONS])
     end_id = pipe.tokenizer.eos_token_id
+    known = None
+    if s.start:
+        with torch.no_grad():
+            known = torch.cat([pipe.text_encoder(ids)[0] for ids in torch.split(pool.ids, 256)])
     for step in _steps(t, "reader", log):
         rng = stream("shapes", s.seed, "reader", step)
         pick = torch.from_numpy(pool.choose(rng, s.reader_batch, 1.0))
@@ -375,6 +384,16 @@ def _reader(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) -> N
         losses = []
         guess = heads["noun"](hidden[rows, columns]).split(list(_HEADS.values()), -1)
         losses += [nn.functional.cross_entropy(g, noun_fact[:, i]) for i, g in enumerate(guess)]
+        # "red circle left of": the same heads read the first object there, on the side that its relation gives it. The
+        # second object's noun stands on the other side, so its relation is the first one's seen from there.
+        is_last = torch.isin(ids, last_ids) & (fact[:, None, 9] < len(RELATIONS))
+        rows, columns = is_last.nonzero(as_tuple=True)
+        side = torch.tensor([*_OPPOSITE, 0])[fact[rows, 9]]
+        guess = heads["noun"](hidden[rows, columns]).split(list(_HEADS.values()), -1)
+        first = torch.cat([fact[rows, :3], side[:, None]], 1)
+        losses += [nn.functional.cross_entropy(g, first[:, i]) for i, g in enumerate(guess[:4])]
+        if known is not None:
+            losses.append(HELD * ((hidden - known[pick]) ** 2)[~is_last].mean())
         # The end token itself, not the padding, which is the same token.
         end = (ids == end_id).int().argmax(1)
         guess = heads["end"](hidden[torch.arange(len(ids)), end]).split(list(_TABLE), -1)
@@ -433,7 +452,7 @@ def _denoiser(pipe: Any, s: Training, pool: _Pool, directory: Path, log: Any) ->
     running = torch.zeros(3)
     for step in _steps(t, "denoiser", log):
         rng, g = stream("shapes", s.seed, "denoiser", step), torch_stream("shapes", s.seed, "denoiser", step)
-        pick = torch.from_numpy(pool.choose(rng, s.batch, step / s.steps))
+        pick = torch.from_numpy(pool.choose(rng, s.batch, 1.0 if s.start else step / s.steps))
         x0, cover, hidden = pool.latents[pick], pool.cover[pick], read[pick]
         hidden[torch.rand(s.batch, generator=g) < 0.1] = empty
         timestep = _timesteps(s.batch, len(noised), g)
