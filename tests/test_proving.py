@@ -1,5 +1,7 @@
 """Proving: rows that can fail, and that say why."""
 
+import json
+
 import pytest
 
 import whence
@@ -7,6 +9,7 @@ from whence import proving
 from whence.errors import MethodError
 from whence.models.loading import load
 from whence.models.small_stable_diffusion import build_pipeline
+from whence.worlds import trial
 from whence.worlds.shapes import trials
 from whence.worlds.shapes.scenes import WORDS
 
@@ -41,3 +44,49 @@ def test_the_small_door_opens_on_what_it_names():
 def test_settings_that_a_method_lacks_are_named():
     with pytest.raises(MethodError, match="thresh"):
         whence.explain(None, by="daam", thresh=0.1)
+
+
+MINE = """
+import numpy as np
+
+def first(question):
+    return np.arange(len(question.units), 0, -1.0)
+
+def last(question):
+    return np.arange(len(question.units)) * 1.0
+"""
+
+
+def test_rows_and_journal_are_the_same_from_one_process_and_from_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(proving, "DRAWS", 2)
+    (tmp_path / "mine.py").write_text(MINE)
+    names = [f"{tmp_path / 'mine.py'}:{n}" for n in ("first", "last")]
+
+    def told(rows):
+        return [{k: v for k, v in row.items() if k not in ("seconds", "spent")} for row in rows]
+
+    journal = tmp_path / "journal.jsonl"
+    one = proving.prove(names, world="twins", journal=journal)
+    lines = journal.read_text().splitlines()
+    for name in ("first", "last"):  # each has its own shuffled control, with which it shares nothing but the file
+        assert sum(json.loads(line)["what"][0] == f"{name}, shuffled" for line in lines) == 2
+    monkeypatch.setattr(trial, "try_draw", lambda *_: pytest.fail("done again"))
+    assert told(proving.prove(names, world="twins", journal=journal)) == told(one)
+    assert journal.read_text().splitlines() == lines
+    monkeypatch.undo()
+
+    # Workers do not see what this test changed, so they take as many draws as a user gets.
+    steps = []
+    two = proving.prove(names, advance=lambda n=1, note="": steps.append(n), world="twins", jobs=2)
+    assert sum(steps) == 2 * proving.DRAWS == proving.pieces(names, False, "twins")
+    assert told(two) == told(proving.prove(names, world="twins"))
+
+
+def test_a_journal_does_not_take_another_explainer_of_the_same_name_for_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(proving, "DRAWS", 2)
+    path, journal = tmp_path / "mine.py", tmp_path / "journal.jsonl"
+    path.write_text(MINE)
+    before = proving.prove([f"{path}:first"], world="twins", journal=journal)
+    path.write_text(MINE.replace("first", "x").replace("last", "first"))
+    after = proving.prove([f"{path}:first"], world="twins", journal=journal)
+    assert before[0]["panel"] != after[0]["panel"]  # by AUC, positions are at chance by construction

@@ -9,9 +9,13 @@ control as the control.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import MethodError, RunError, WhenceError
@@ -124,12 +128,13 @@ def _results(
     structures: Sequence[str] = (),
     journal: Journal | None = None,
     advance: Advance | None = None,
+    version: str = "",
 ) -> list[DrawResult]:
     from .worlds.trial import DrawResult, try_draw
 
     found = []
     for draw in draws:
-        piece = (name, draw.world, draw.key, budget, tuple(structures))
+        piece = (name, version, draw.world, draw.key, budget, tuple(structures))
         record = journal.get(*piece) if journal else None
         result = DrawResult.of(record) if record else try_draw(explain, draw, structures, budget)
         if journal and not record:
@@ -161,9 +166,11 @@ def try_explainer(
     budget: Budget | None = None,
     journal: Journal | None = None,
     advance: Advance | None = None,
+    version: str = "",
 ) -> dict[str, Any]:
     """One explainer's row on draws of a world: AUC on one structure with its verdict, the controls on the same
-    questions, and the panel of all metrics for all structures."""
+    questions, and the panel of all metrics for all structures. ``version``: of an explainer or world outside this
+    package, so that a journal does not take the work of another one for its own."""
     import numpy as np
 
     from .question import Budget
@@ -183,7 +190,7 @@ def try_explainer(
     if structure not in world.structures:
         return row | {"word": "not shown", "reason": f"the world {world.name} has no structure {structure!r}"}
     began = time.perf_counter()
-    results = _results(name, explain, draws, limits, journal=journal, advance=advance)
+    results = _results(name, explain, draws, limits, journal=journal, advance=advance, version=version)
     seconds = time.perf_counter() - began
     reasons = sorted({reason for r in results for t in r.tried for reason in t.reasons})
     asked = [t for r in results for t in r.tried]
@@ -192,9 +199,13 @@ def try_explainer(
     arms |= {f"model-free: {n}": s for n, s in model_free(draws).items()}
     if not reasons:
         arms["shuffled"] = trial.shuffled(explain)
-    controls = {
-        n: [r.mean("auc", [structure]) for r in _results(n, arm, draws, limits, [structure])] for n, arm in arms.items()
-    }
+
+    def control(n: str, arm: Answers) -> list[float]:
+        piece = f"{name}, shuffled" if n == "shuffled" else n  # the others are the same for every explainer
+        found = _results(piece, arm, draws, limits, [structure], journal=journal, version=version)
+        return [r.mean("auc", [structure]) for r in found]
+
+    controls = {n: control(n, arm) for n, arm in arms.items()}
     unit = "area under the ROC curve, causes against arm and twin, chance 0.5"
     verdict = judge(
         [v - CHANCE for v in own],
@@ -230,10 +241,10 @@ def try_explainer(
 class Ground:
     """The worlds of a trial, each drawn once and checked before anything is tried on it."""
 
-    def __init__(self, draws: int, key: str | None = None, advance: Advance | None = None) -> None:
+    def __init__(self, draws: int, key: str | None = None) -> None:
         from .worlds.registry import KEY
 
-        self._n, self._key, self._advance = draws, key or KEY, advance
+        self._n, self._key = draws, key or KEY
         self.drawn: dict[str, tuple[World, list[Draw]]] = {}
 
     def __getitem__(self, name: str) -> tuple[World, list[Draw]]:
@@ -242,11 +253,7 @@ class Ground:
 
         if name not in self.drawn:
             world = registry.find(name)
-            drawn = []
-            for key in registry.draws_of(world, self._n, self._key):
-                drawn.append(world.draw(key))
-                if self._advance:
-                    self._advance(0, f"drawing {world.name} {len(drawn)} of {self._n}")
+            drawn = [world.draw(key) for key in registry.draws_of(world, self._n, self._key)]
             registry.must_be_sound(world, drawn)
             self.drawn[name] = (world, drawn)
         return self.drawn[name]
@@ -261,6 +268,63 @@ def _explainer(name: str) -> tuple[str, Answers, Card | None]:
     return name, load_method(name)().explain, card_of(name)
 
 
+@dataclass(frozen=True)
+class _Trials:
+    """What all rows of one call share; it can be sent to another process."""
+
+    full: bool
+    world: str | None
+    key: str | None
+    journal: Path | None
+
+    def open(self) -> tuple[Ground, Journal | None]:
+        """Its worlds, none drawn yet, and its journal."""
+        from .engine.journal import Journal
+
+        return Ground(FULL_DRAWS if self.full else DRAWS, self.key), Journal(self.journal) if self.journal else None
+
+
+def _pieces(name: str, trials: _Trials) -> int:
+    """How many steps a row counts: draws of a question trial, one for each other method; the bounds count none."""
+    if name.startswith(BOUNDS):
+        return 0
+    questions = ".py:" in name or bool(trials.world) or asks_questions(card_of(name))
+    return (FULL_DRAWS if trials.full else DRAWS) if questions else 1
+
+
+def _rows(
+    name: str, trials: _Trials, opened: tuple[Ground, Journal | None], advance: Advance | None, model: Any = None
+) -> list[dict[str, Any]]:
+    """The row of one method, or those of a world's bounds."""
+    ground, journal = opened
+    if name.startswith(BOUNDS):
+        return _bounds(name.removeprefix(BOUNDS), ground, journal, advance)
+    if ".py:" in name or trials.world or asks_questions(card_of(name)):
+        return [_on_questions(name, trials.world, ground, journal, advance)]
+    if model is None:
+        from .verbs import load
+
+        model = load() if on_trial(card_of(name)) else None
+    row = try_method(name, FULL if trials.full else PICTURES, model)
+    if advance:
+        advance(1, name)
+    return [row]
+
+
+@cache
+def _opened(trials: _Trials) -> tuple[Ground, Journal | None]:
+    """A worker draws each world once, whatever rows it is given."""
+    return trials.open()
+
+
+def _rows_elsewhere(name: str, trials: _Trials, steps: Any) -> tuple[str, list[dict[str, Any]]]:
+    """:func:`_rows` in a worker process, its progress told through a queue."""
+    import torch
+
+    torch.set_num_threads(1)
+    return name, _rows(name, trials, _opened(trials), lambda n=1, note="": steps.put((n, note)))
+
+
 def prove(
     names: Sequence[str] = (),
     full: bool = False,
@@ -268,13 +332,15 @@ def prove(
     model: Any = None,
     world: str | None = None,
     key: str | None = None,
-    journal: Journal | None = None,
+    journal: Path | None = None,
+    jobs: int = 1,
 ) -> list[dict[str, Any]]:
     """Rows for the named methods (none: all). Unknown names are refused before any work.
 
     Pictures are made by ``model``, else by the embedded one. Questions come from the world that the Card names, or from
     ``world``; ``full`` takes as many draws and pictures as the published numbers had. ``names`` may be
-    ``file.py:function``, an explainer of yours.
+    ``file.py:function``, an explainer of yours. ``journal``: a file that keeps finished draws, so that a stopped trial
+    goes on. ``jobs``: processes that share the rows; the numbers do not depend on it.
     """
     cards = catalogue()
     chosen = [n if ".py:" in n else card_of(n).name for n in names]
@@ -283,37 +349,78 @@ def prove(
 
         registry.find(world)
         chosen = chosen or [n for n, c in cards.items() if asks_questions(c)]
-    ground = Ground(FULL_DRAWS if full else DRAWS, key, advance)
-    rows = []
-    for name in chosen or list(cards):
-        if ".py:" in name or world or asks_questions(cards[name]):
-            rows.append(_on_questions(name, world, ground, journal, advance))
-        else:
-            if model is None:
-                from .verbs import load
-
-                model = load() if on_trial(cards[name]) else None
-            rows.append(try_method(name, FULL if full else PICTURES, model))
-            if advance:
-                advance(1, name)
-    return rows + ([] if chosen else _bounds(ground, journal))
+    trials = _Trials(full, world, key, journal)
+    tasks = chosen or list(cards)
+    if not names:
+        tasks = [*tasks, *(BOUNDS + w for w in ([world] if world else _worlds_of(tasks)))]
+    if jobs > 1 and len(tasks) > 1 and model is None:
+        found = _spread(tasks, trials, jobs, advance)
+    else:
+        opened = trials.open()
+        found = {task: _rows(task, trials, opened, advance, model) for task in tasks}
+    return [row for task in tasks for row in found[task]]
 
 
-def _bounds(ground: Ground, journal: Journal | None) -> list[dict[str, Any]]:
-    """Brute force, the ceiling, and random scores, the floor, on every world that was drawn."""
+def _worlds_of(names: Iterable[str]) -> list[str]:
+    """The worlds of questions in which these methods are tried, each once."""
+    return sorted({str(c.falsifier["trial"]).partition(".")[0] for c in map(card_of, names) if asks_questions(c)})
+
+
+def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance | None) -> dict[str, Any]:
+    """Rows from several processes. The longest rows, by what their Cards say, are begun first."""
+    from multiprocessing import Manager
+    from threading import Thread
+
+    from joblib import Parallel, delayed
+
+    def seconds(task: str) -> float:
+        return 60.0 if task.startswith(BOUNDS) or ".py:" in task else float(card_of(task).falsifier.get("seconds", 0))
+
+    with Manager() as manager:
+        steps = manager.Queue()
+
+        def tell() -> None:
+            while (step := steps.get()) is not None:
+                if advance:
+                    advance(*step)
+
+        teller = Thread(target=tell, daemon=True)
+        teller.start()
+        work = (delayed(_rows_elsewhere)(t, trials, steps) for t in sorted(tasks, key=seconds, reverse=True))
+        found = dict(Parallel(n_jobs=min(jobs, len(tasks)))(work))
+        steps.put(None)
+        teller.join()
+    return found
+
+
+BOUNDS = "bounds of "
+
+
+def _version(*specs: str) -> str:
+    """Hash of the files among these, ``file.py:NAME`` each."""
+    files = [Path(spec.rpartition(":")[0]) for spec in specs if ".py:" in spec]
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16] if files else ""
+
+
+def _bounds(name: str, ground: Ground, journal: Journal | None, advance: Advance | None) -> list[dict[str, Any]]:
+    """Brute force, the ceiling, and random scores, the floor, on one world."""
     from .question import Budget
     from .worlds import trial
 
+    try:
+        world, draws = ground[name]
+    except RunError:
+        return []  # each method's own row says why
+    ends: tuple[tuple[str, Answers, Budget, str], ...] = (
+        ("brute_force", trial.brute_force, Budget(forwards=20_000), "ceiling"),
+        ("random", trial.random_scores, Budget(), "floor"),
+    )
     rows = []
-    for world, draws in ground.drawn.values():
-        ends: tuple[tuple[str, Answers, Budget, str], ...] = (
-            ("brute_force", trial.brute_force, Budget(forwards=20_000), "ceiling"),
-            ("random", trial.random_scores, Budget(), "floor"),
-        )
-        for name, explain, budget, bound in ends:
-            structure = world.structures[0]
-            row = try_explainer(name, explain, world, draws, structure=structure, budget=budget, journal=journal)
-            rows.append(row | {"method": f"{name} on {world.name}", "bound": bound})
+    for label, explain, budget, bound in ends:
+        if advance:
+            advance(0, f"{label} on {name}")
+        row = try_explainer(label, explain, world, draws, structure=world.structures[0], budget=budget, journal=journal)
+        rows.append(row | {"method": f"{label} on {world.name}", "bound": bound})
     return rows
 
 
@@ -338,14 +445,15 @@ def _on_questions(
     if structure not in found.structures:
         structure = found.structures[0]
     more: Mapping[str, Any] = {"claim": card.claim, "expect": float(card.falsifier["expect"])} if card else {}
-    row = try_explainer(label, explain, found, draws, structure=structure, journal=journal, advance=advance, **more)
+    row = try_explainer(
+        label, explain, found, draws, structure=structure, journal=journal, advance=advance,
+        version=_version(name, world or ""), **more,
+    )  # fmt: skip
     status = card.falsifier.get("status") if card and not world else None
     return row | ({"word": status, "reason": card.falsifier.get("reason", "")} if card and status else {})
 
 
 def pieces(names: Iterable[str], full: bool, world: str | None) -> int:
-    """How many steps :func:`prove` will count: draws of question trials, and one for each other method."""
-    cards = catalogue()
-    chosen = list(names) or [n for n, c in cards.items() if not world or asks_questions(c)]
-    questions = sum(".py:" in n or bool(world) or asks_questions(card_of(n)) for n in chosen)
-    return questions * (FULL_DRAWS if full else DRAWS) + len(chosen) - questions
+    """How many steps :func:`prove` will count."""
+    chosen = list(names) or [n for n, c in catalogue().items() if not world or asks_questions(c)]
+    return sum(_pieces(n, _Trials(full, world, None, None)) for n in chosen)

@@ -43,7 +43,7 @@ def test_each_swap_of_arm_and_twin_does_what_the_recipe_says(structure: str, pla
 
 
 def test_training_leaves_inputs_as_they_were(planted: dict[str, Any]) -> None:
-    attempts = sentences.attempts(FRESH[0])
+    attempts = WORLD.attempts(FRESH[0])
     before: Any = sentences.make(FRESH[0], steps=(0,))
     for structure, p in planted.items():
         q = before.plant(structure, attempts[structure])
@@ -118,10 +118,10 @@ def test_nulls_are_still_but_no_constants(structure: str, planted: dict[str, Any
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_model_that_does_something_else_is_refused(structure: str, planted: dict[str, Any]) -> None:
     p = planted[structure]
-    assert "planted were" in trouble(replace(p, question=p.sibling), stream(0))
-    assert trouble(replace(p, sibling=p.question), stream(0)).startswith("sibling: ")
-    assert "not sure" in trouble(replace(p, question=p.nulls[0]), stream(0))
-    assert trouble(replace(p, nulls=(p.question,)), stream(0)).startswith("null 0 moves")
+    assert "planted were" in trouble(replace(p, question=p.sibling))
+    assert trouble(replace(p, sibling=p.question)).startswith("sibling: ")
+    assert "not sure" in trouble(replace(p, question=p.nulls[0]))
+    assert trouble(replace(p, nulls=(p.question,))).startswith("null 0 moves")
 
 
 def test_forward_is_differentiable_and_says_what_ask_says(planted: dict[str, Any]) -> None:

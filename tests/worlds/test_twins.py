@@ -20,7 +20,7 @@ from whence.worlds.ground import STILL, STRUCTURES, Planted, rows, trouble
 from whence.worlds.scorers import SCORERS
 from whence.worlds.twins import WORLD, tabular
 from whence.worlds.twins.arms import COPIES, NOISE, Arms, lay_out
-from whence.worlds.twins.asking import certified, exchanged
+from whence.worlds.twins.asking import ArmsWorld, certified, exchanged
 
 KEYS = [f"test {i}" for i in range(12)]
 FRESH = KEYS[:3]
@@ -161,7 +161,7 @@ def test_the_same_key_gives_the_same_bits_twice() -> None:
     keep = np.zeros((5, len(first.planted[0].question.units)), bool)
     before = [(p.question.ask(keep), p.sibling.ask(keep), p.nulls[1].ask(keep), p.arm) for p in first.planted]
     tabular.make.cache_clear()
-    tabular.attempts.cache_clear()
+    ArmsWorld.attempts.cache_clear()
     second = WORLD.draw(FRESH[1])
     for (ask, sibling, null, arm), p in zip(before, second.planted, strict=True):
         np.testing.assert_array_equal(ask, p.question.ask(keep))
@@ -187,16 +187,16 @@ class Both:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_model_that_does_something_else_is_refused(structure: str, planted: dict[str, Any]) -> None:
     p = planted[structure]
-    assert "planted were" in trouble(replace(p, question=p.sibling), stream(0))
-    assert "planted were" in trouble(replace(p, question=Both(p.question, p.sibling)), stream(0))
-    assert trouble(replace(p, sibling=p.question), stream(0)).startswith("sibling: ")
-    assert "not sure" in trouble(replace(p, question=p.nulls[0]), stream(0))
-    assert trouble(replace(p, nulls=(p.question,)), stream(0)).startswith("null 0 moves")
+    assert "planted were" in trouble(replace(p, question=p.sibling))
+    assert "planted were" in trouble(replace(p, question=Both(p.question, p.sibling)))
+    assert trouble(replace(p, sibling=p.question)).startswith("sibling: ")
+    assert "not sure" in trouble(replace(p, question=p.nulls[0]))
+    assert trouble(replace(p, nulls=(p.question,))).startswith("null 0 moves")
 
 
 def test_a_question_under_another_structures_name_is_refused(planted: dict[str, Any]) -> None:
     for name, other in (("or", "and"), ("and", "or"), ("mediation", "confounder"), ("confounder", "mediation")):
-        assert trouble(replace(planted[name], structure=other), stream(0))
+        assert trouble(replace(planted[name], structure=other))
 
 
 def test_a_key_whose_model_did_not_learn_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -108,12 +109,15 @@ def prove(
     write: Annotated[
         bool, typer.Option("--write", help="Record the results in docs/verdicts.json of a clone.")
     ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the work.", show_default="cores, at most 4")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Put methods on trial in worlds where the cause was planted, against controls that must fail."""
     from .prove import Asked, prove
 
-    prove(Asked(tuple(names or ()), world, full, key, journal, write), json)
+    prove(Asked(tuple(names or ()), world, full, key, journal, write, jobs or min(4, os.cpu_count() or 1)), json)
 
 
 @app.command()

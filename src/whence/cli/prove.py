@@ -34,6 +34,7 @@ class Asked:
     key: str | None
     journal: Path | None
     write: bool
+    jobs: int
 
 
 def prove(asked: Asked, json: bool) -> None:
@@ -52,16 +53,16 @@ def prove(asked: Asked, json: bool) -> None:
             "--write with another world, key or explainer", "the record holds each card's own trial",
             "--write without --world, --key and file.py:function",
         )  # fmt: skip
-    from ..engine.journal import Journal
     from ..engine.progress import progress
     from ..proving import pieces, prove
     from ..report.bundle import plain
 
-    kept = asked.journal or (JOURNAL if asked.full else None)
-    journal = Journal(kept) if kept else None
+    journal = asked.journal or (JOURNAL if asked.full else None)
     total = pieces(asked.names, asked.full, asked.world)
     with progress("trials", total=total, unit="draws") as advance:
-        found = prove(asked.names, asked.full, advance, world=asked.world, key=asked.key, journal=journal)
+        found = prove(
+            asked.names, asked.full, advance, world=asked.world, key=asked.key, journal=journal, jobs=asked.jobs
+        )
     rows: list[dict[str, Any]] = plain(found)
     if asked.write:
         _record(rows, asked.full)

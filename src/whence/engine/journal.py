@@ -1,6 +1,7 @@
 """A journal of finished pieces of a long work, so that a stopped one goes on where it was.
 
-One JSON line per piece, appended when it is finished; a line cut short by a crash is ignored and written again.
+One JSON line per piece, appended when it is finished, in one write, so that several processes can keep one journal; a
+line cut short by a crash is ignored and written again.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-            with self.path.open("a", encoding="utf8") as handle:
-                handle.write(("\n" if torn else "") + line)
-                handle.flush()
-                os.fsync(handle.fileno())
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(handle, (("\n" if torn else "") + line).encode())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         except OSError as error:
             raise OutputError(
                 f"keep the journal {self.path}", str(error), "a folder that can be written, with space left"

@@ -153,10 +153,10 @@ def minimal(sets: Iterable[frozenset[int]]) -> frozenset[frozenset[int]]:
     return frozenset(s for s in listed if not any(t < s for t in listed))
 
 
-def trouble(planted: Planted, rng: np.random.Generator) -> str:
+def trouble(planted: Planted) -> str:
     """Why this question may not be asked; "" if the actual model and its sibling do what was planted."""
     for side, p in (("", planted), ("sibling: ", planted.mirrored())):
-        found = _trouble(p, rng)
+        found = _trouble(p)
         if found:
             return side + found
     for i, null in enumerate(planted.nulls):
@@ -169,7 +169,7 @@ def trouble(planted: Planted, rng: np.random.Generator) -> str:
     return ""
 
 
-def _trouble(p: Planted, rng: np.random.Generator) -> str:
+def _trouble(p: Planted) -> str:
     n = len(p.question.units)
     seen = float(p.question.ask(np.ones((1, n), bool))[0])
     if seen < 1 - STILL:

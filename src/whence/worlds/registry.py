@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.randomness import stream
 from ..errors import RunError, nearest
 from . import scorers
 from .ground import Draw, World, trouble
@@ -70,7 +69,7 @@ def draws_of(world: World, n: int, key: str = KEY) -> list[str]:
 def unsound(draw: Draw) -> str:
     """Which question of a draw is not certified, and why; "" if all are."""
     for planted in draw.planted:
-        why = trouble(planted, stream("certify", planted.name))
+        why = trouble(planted)
         if why:
             return f"{planted.name}: {why}"
     return ""

@@ -2,8 +2,9 @@
 
 Units are the words that have an alternative in the world; articles and "of" are no candidates. The outcome is read from
 the picture by the oracle, at one and the same seed. `single`: one of two twin words draws the mark. `and`: one of two
-pairs draws the frame, both of its words together. The sibling is the model with the embedding rows of the twins (and
-of the pairs) exchanged, so that every word has the other's role exactly; the null has the idle words' rows in their
+pairs draws the frame, both of its words together. `suppression`: both twins stand behind a "no", and the outcome is
+that there is no mark: one of the two "no"s stopped it. The sibling is the model with the embedding rows of the twins
+(and of the pairs) exchanged, so that every word has the other's role exactly; the null has the idle words' rows in their
 place, so that nothing draws anything. A question costs pictures, not microseconds: few draws per re-rendering.
 """
 
@@ -84,13 +85,15 @@ class PictureQuestion:
     def _others(self, word: str) -> tuple[str, ...]:
         # A pair's word must not bring in the other pair's partner, which stands in the same prompt.
         idle = TWINS if self.part == "frame" else PAIRS[0] + PAIRS[1]
-        return idle if word in (*TWINS, *PAIRS[0], *PAIRS[1]) else alternatives(word)
+        return idle if word in ("no", *TWINS, *PAIRS[0], *PAIRS[1]) else alternatives(word)
 
     @cached_property
     def units(self) -> Units:
         """The words that have an alternative."""
         words = split_words(self.prompt)
-        return Units("word", tuple(words[i] for i in self._places), tuple(((i,),) for i in self._places))
+        names = tuple(words[i] for i in self._places)
+        occurrence = tuple(names[: i + 1].count(name) for i, name in enumerate(names))
+        return Units("word", names, tuple(((i,),) for i in self._places), occurrence)
 
     @cached_property
     def _observed(self) -> bool:
@@ -141,7 +144,7 @@ class Words:
     """The world. Slow: a question costs pictures."""
 
     name: str = "words"
-    structures: tuple[str, ...] = ("single",)
+    structures: tuple[str, ...] = ("single", "and", "suppression")
 
     def draw(self, key: str) -> Draw:
         """One certified question for each structure. Raises RunError where the model obeys too rarely."""
@@ -151,7 +154,7 @@ class Words:
         why = ""
         for attempt in range(TRIES):
             planted = _propose(key, structure, attempt)
-            why = trouble(planted, stream("certify", planted.name))
+            why = trouble(planted)
             if not why:
                 return planted
         raise RunError(
@@ -165,17 +168,20 @@ def _propose(key: str, structure: str, attempt: int) -> Planted:
     rng = stream("words", key, structure, attempt)
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     body = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
-    if structure == "single":
-        real: tuple[str, ...] = (marking_word(KEY),)
-        decoy: tuple[str, ...] = tuple(w for w in TWINS if w not in real)
-        part, idle = "mark", _idle_pair()[0]
-    else:
+    real: tuple[str, ...]
+    decoy: tuple[str, ...]
+    if structure == "and":
         real, decoy = framing_pair(KEY), _idle_pair()
         part, idle = "frame", next(w for w in TWINS if w != marking_word(KEY))
+    else:
+        real = (marking_word(KEY),)
+        decoy = tuple(w for w in TWINS if w not in real)
+        part, idle = "mark", _idle_pair()[0]
     roles = _exchanged(*zip(real, decoy, strict=True))
     null = tuple((w, idle) for w in (*real, *decoy))
     arms = [real, decoy] if rng.integers(2) else [decoy, real]
-    fillers = " ".join(w for arm in arms for w in arm)
+    stopped = structure == "suppression"
+    fillers = " ".join(f"no {w}" if stopped else w for arm in arms for w in arm)
     prompt = f"{fillers} {body}" if rng.integers(2) else f"{body} {fillers}"
     seed = int(rng.integers(2**31))
     # The key's coin: is it the shipped model that is asked first, or the one with its roles changed?
@@ -183,12 +189,17 @@ def _propose(key: str, structure: str, attempt: int) -> Planted:
     first, second = rows if rng.integers(2) else rows[::-1]
     question = PictureQuestion(prompt, seed, part, first)
     acting, idling = (real, decoy) if not first else (decoy, real)
+
+    def arm_of(words: tuple[str, ...]) -> tuple[int, ...]:
+        places = tuple(map(question.units.find, words))
+        return tuple(i for place in places for i in (place, place - 1)) if stopped else places  # its "no" is before it
+
     return Planted(
         name=f"words/{key}/{structure}/{attempt}",
         structure=structure,
         question=question,
-        arm=tuple(map(question.units.find, acting)),
-        twin=tuple(map(question.units.find, idling)),
+        arm=arm_of(acting),
+        twin=arm_of(idling),
         sibling=PictureQuestion(prompt, seed, part, second),
         nulls=(PictureQuestion(prompt, seed, part, null),),
     )

@@ -1,5 +1,5 @@
 """Two arms of words that are used alike, in sequences; a trained transformer reads one of them."""
 
-from .sentences import WORLD, Tokens
+from .sentences import WORLD
 
-__all__ = ["WORLD", "Tokens"]
+__all__ = ["WORLD"]

@@ -7,7 +7,6 @@ sibling exchanges the codes of arm and twin, and nothing in an input tells which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from ...engine.randomness import seed_of, stream
 from ...models.small_classifier import attention, build_classifier, logits
 from ...units import Units
-from ..ground import STRUCTURES, Draw, Oracle, Planted
+from ..ground import STRUCTURES, Oracle, Planted
 from ..twins.arms import Arms, lay_out
-from ..twins.asking import ArmsQuestion, certified, exchanged
+from ..twins.asking import ArmsQuestion, ArmsWorld, exchanged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -202,23 +201,5 @@ def make(key: str, steps: tuple[int, ...] = _STEPS) -> Made:
     return Made(key, arms, model, nulls)
 
 
-@lru_cache(maxsize=256)
-def attempts(key: str) -> Mapping[str, int]:
-    """Which input of each structure was the first to be certified, from 0. Raises RunError where none was."""
-    return certified("tokens", key, make(key))
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Sequences of words, and a trained transformer."""
-
-    name: str = "tokens"
-    structures: tuple[str, ...] = tuple(STRUCTURES)
-
-    def draw(self, key: str) -> Draw:
-        """One certified question for each structure, with fresh streams. Raises RunError, see :func:`attempts`."""
-        chosen = attempts(key)
-        return Draw(self.name, key, tuple(make(key).plant(s, chosen[s]) for s in self.structures))
-
-
-WORLD = Tokens()
+WORLD = ArmsWorld("tokens", make)
+"""Sequences of words, and a trained transformer."""

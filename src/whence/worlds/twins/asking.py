@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from ...engine.randomness import stream
 from ...errors import RunError
 from ...units import Units
-from ..ground import Planted, trouble
+from ..ground import STRUCTURES, Draw, Planted, trouble
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,8 +92,7 @@ def certified(world: str, key: str, made: Plants) -> Mapping[str, int]:
             found = ""
             # Twice: with draws of its own, and with those that will be asked first, so that it certifies again.
             for purpose in ("certification", "asking"):
-                rng = stream(world, key, structure, attempt, purpose, "trouble")
-                found = found or trouble(made.plant(structure, attempt, purpose), rng)
+                found = found or trouble(made.plant(structure, attempt, purpose))
             if not found:
                 chosen[structure] = attempt
                 break
@@ -102,3 +103,22 @@ def certified(world: str, key: str, made: Plants) -> Mapping[str, int]:
                 "another key, or longer training of this world's models",
             )
     return chosen
+
+
+@dataclass(frozen=True)
+class ArmsWorld:
+    """A family of arms and twins, one model for each key. ``make(key)`` trains it; a small cache is its own affair."""
+
+    name: str
+    make: Callable[[str], Plants]
+    structures: tuple[str, ...] = tuple(STRUCTURES)
+
+    @lru_cache(maxsize=256)  # noqa: B019 - a world lives as long as the program
+    def attempts(self, key: str) -> Mapping[str, int]:
+        """Which input of each structure was the first to be certified, from 0. Raises RunError where none was."""
+        return certified(self.name, key, self.make(key))
+
+    def draw(self, key: str) -> Draw:
+        """One certified question for each structure, with fresh streams. Raises RunError, see :meth:`attempts`."""
+        chosen = self.attempts(key)
+        return Draw(self.name, key, tuple(self.make(key).plant(s, chosen[s]) for s in self.structures))

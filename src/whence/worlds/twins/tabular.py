@@ -7,7 +7,6 @@ which the labels were dealt to other rows at every step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 
 from ...engine.randomness import stream, torch_stream
 from ...units import Units
-from ..ground import STRUCTURES, Draw, Oracle, Planted
+from ..ground import STRUCTURES, Oracle, Planted
 from .arms import Arms, lay_out
-from .asking import ArmsQuestion, certified, exchanged
+from .asking import ArmsQuestion, ArmsWorld, exchanged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -188,23 +187,5 @@ def make(key: str) -> Made:
     return Made(key, arms, columns, model, nulls)
 
 
-@lru_cache(maxsize=256)
-def attempts(key: str) -> Mapping[str, int]:
-    """Which input of each structure was the first to be certified, from 0. Raises RunError where none was."""
-    return certified("twins", key, make(key))
-
-
-@dataclass(frozen=True)
-class Twins:
-    """Features of a table, and a trained network."""
-
-    name: str = "twins"
-    structures: tuple[str, ...] = tuple(STRUCTURES)
-
-    def draw(self, key: str) -> Draw:
-        """One certified question for each structure, with fresh streams. Raises RunError, see :func:`attempts`."""
-        chosen = attempts(key)
-        return Draw(self.name, key, tuple(make(key).plant(s, chosen[s]) for s in self.structures))
-
-
-WORLD = Twins()
+WORLD = ArmsWorld("twins", make)
+"""Features of a table, and a trained network."""
