@@ -6,7 +6,7 @@ import pytest
 
 import whence
 from whence import proving
-from whence.errors import MethodError
+from whence.errors import MethodError, RunError
 from whence.models.loading import load
 from whence.models.small_stable_diffusion import build_pipeline
 from whence.worlds import trial
@@ -80,6 +80,13 @@ def test_rows_and_journal_are_the_same_from_one_process_and_from_two(tmp_path, m
     two = proving.prove(names, advance=lambda n=1, note="": steps.append(n), world="twins", jobs=2)
     assert sum(steps) == 2 * proving.DRAWS == proving.pieces(names, False, "twins")
     assert told(two) == told(proving.prove(names, world="twins"))
+
+
+def test_an_error_of_a_worker_arrives_whole(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    names = [f"{tmp_path / 'mine.py'}:{n}" for n in ("frist", "last")]
+    with pytest.raises(RunError, match="would work: 'first'"):
+        proving.prove(names, world="twins", jobs=2)
 
 
 def test_a_journal_does_not_take_another_explainer_of_the_same_name_for_this_one(tmp_path, monkeypatch):

@@ -22,6 +22,10 @@ class WhenceError(Exception):
         self.asked, self.found, self.would_work = asked, found, would_work
         super().__init__(f"asked: {asked}\nfound: {found}\nwould work: {would_work}")
 
+    def __reduce__(self) -> tuple[type[WhenceError], tuple[str, str, str]]:
+        # An error of a worker process has to arrive whole; by default an exception is made again from its text alone.
+        return type(self), (self.asked, self.found, self.would_work)
+
 
 class ModelError(WhenceError):
     """The model cannot be loaded, or its files cannot be trusted (a pickle)."""

@@ -368,15 +368,15 @@ def _worlds_of(names: Iterable[str]) -> list[str]:
 
 def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance | None) -> dict[str, Any]:
     """Rows from several processes. The longest rows, by what their Cards say, are begun first."""
-    from multiprocessing import Manager
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
     from threading import Thread
-
-    from joblib import Parallel, delayed
 
     def seconds(task: str) -> float:
         return 60.0 if task.startswith(BOUNDS) or ".py:" in task else float(card_of(task).falsifier.get("seconds", 0))
 
-    with Manager() as manager:
+    context = get_context("spawn")  # a forked process may hang in the threads that torch began before
+    with context.Manager() as manager:
         steps = manager.Queue()
 
         def tell() -> None:
@@ -386,10 +386,15 @@ def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance |
 
         teller = Thread(target=tell, daemon=True)
         teller.start()
-        work = (delayed(_rows_elsewhere)(t, trials, steps) for t in sorted(tasks, key=seconds, reverse=True))
-        found = dict(Parallel(n_jobs=min(jobs, len(tasks)))(work))
-        steps.put(None)
-        teller.join()
+        workers = ProcessPoolExecutor(min(jobs, len(tasks)), context)
+        try:
+            longest_first = sorted(tasks, key=seconds, reverse=True)
+            begun = [workers.submit(_rows_elsewhere, task, trials, steps) for task in longest_first]
+            found = dict(done.result() for done in as_completed(begun))
+        finally:
+            workers.shutdown(cancel_futures=True)
+            steps.put(None)
+            teller.join()
     return found
 
 

@@ -39,7 +39,7 @@ CARD = Card(
     "with scale=scale_of(question, insert=True)",
     claim="The true scores are supported; random, shuffled and constant scores are not.",
     falsifier={
-        "trial": "tests/checks/test_insertion.py::test_only_the_true_scores_are_supported",
+        "trial": "tests/checks/test_deletion.py::test_only_the_true_scores_are_supported",
         "planted": "hand-wired functions of units whose effects are known exactly",
         "expect": 0.9,
         "control": "random, shuffled and constant scores",

@@ -4,8 +4,8 @@ Units are the words that have an alternative in the world; articles and "of" are
 the picture by the oracle, at one and the same seed. `single`: one of two twin words draws the mark. `and`: one of two
 pairs draws the frame, both of its words together. `suppression`: both twins stand behind a "no", and the outcome is
 that there is no mark: one of the two "no"s stopped it. The sibling is the model with the embedding rows of the twins
-(and of the pairs) exchanged, so that every word has the other's role exactly; the null has the idle words' rows in their
-place, so that nothing draws anything. A question costs pictures, not microseconds: few draws per re-rendering.
+(and of the pairs) exchanged, so that every word has the other's role exactly; the null has the idle words' rows in
+their place, so that nothing draws anything. A question costs pictures, not microseconds: few draws per re-rendering.
 """
 
 from __future__ import annotations
