@@ -10,6 +10,7 @@ brute force over all units and pairs (the ceiling).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from whence.worlds import trial
 
 LADDER = {
     "leave_one_out": ("draws", (1, 2, 4, 8, 16)),
-    "shapley_sampling": ("permutations", (1, 3, 10, 30)),
-    "kernel_shap": ("samples", (50, 100, 300, 900)),
-    "lime": ("samples", (50, 100, 300, 900)),
+    "shapley_sampling": ("orders", (1, 3, 10, 40)),
+    "kernel_shap": ("samples", (40, 80, 220, 440)),
+    "lime": ("samples", (40, 80, 230, 440)),
 }
 STRUCTURES = ("single", "and", "or", "xor")
 
@@ -45,7 +46,8 @@ def main() -> None:
     parser = arguments(str(__doc__))
     parser.add_argument("--draws", type=int, default=FULL_DRAWS, help="draws of the world")
     options = parser.parse_args()
-    _, draws = Ground(options.draws)["twins"]
+    _, drawn = Ground(options.draws)["twins"]
+    draws = [replace(d, planted=tuple(replace(p, nulls=()) for p in d.planted)) for d in drawn]
     rows = []
     ladder = list(rungs())
     with progress("trials", total=len(ladder), unit="settings") as advance:

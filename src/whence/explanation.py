@@ -35,8 +35,8 @@ class Explanation:
     """``scores[unit, ...]``: the axes after the first are named by ``axes`` and are the readout's own.
 
     For word maps ``axes`` is ("word", "y", "x"), one value per pixel of the picture, and ``kind`` is one of
-    :data:`MAP_KINDS`. ``spread`` has the shape of ``scores`` where the method samples, else None. All maps of a
-    picture share one scale: ``scale`` is the value drawn at full strength.
+    :data:`MAP_KINDS`. ``spread``, the standard error, has the shape of ``scores`` where the method samples, else None.
+    All maps of a picture share one scale: ``scale`` is the value drawn at full strength.
     """
 
     method: str

@@ -31,7 +31,7 @@ def test_the_map_is_the_mean_absolute_difference_of_the_pictures(run):
         for c in ("blue", "green")
     ]
     np.testing.assert_allclose(explanation.map_of("red"), np.mean(changes, 0), atol=2 / 255)
-    np.testing.assert_allclose(explanation.spread[0], np.std(changes, 0, ddof=1), atol=2 / 255)
+    np.testing.assert_allclose(explanation.spread[0], np.std(changes, 0, ddof=1) / len(changes) ** 0.5, atol=2 / 255)
     assert explanation.cost.runs == 3
 
 

@@ -81,7 +81,8 @@ class LeaveOneOut:
 
     def explain(self, run: Run | Question, image: int = 0) -> Explanation:
         """Of a run: maps of change, scores[word, y, x] in 0..1 (mean absolute difference over rgb), and their spread
-        over alternatives (standard deviation). Words without an alternative are left out, and a note says which.
+        over alternatives (standard error; 0 where there is one alternative only). Words without an alternative are
+        left out, and a note says which.
 
         Of a Question: scores[unit] in the readout's units, above 0 where the unit made the output happen, and their
         spread over draws (standard error).
@@ -109,7 +110,7 @@ class LeaveOneOut:
         for i in tried:
             change = np.stack([abs(next(pictures).astype(np.float32) - original).mean(-1) / 255 for _ in prompts[i]])
             scores.append(change.mean(0))
-            spread.append(change.std(0, ddof=1) if len(change) > 1 else np.zeros_like(change[0]))
+            spread.append(change.std(0, ddof=1) / len(change) ** 0.5 if len(change) > 1 else np.zeros_like(change[0]))
         left_out = [run.words.labels[i] for i in asked if i not in tried]
         note = f"no in-distribution alternative, so nothing is said of: {', '.join(left_out)}"
         return Explanation(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Prompted:
         return Prompted(self.condition[list(rows)], inputs)
 
 
-class Pictures:
+class Pictures(ABC):
     """A text-to-image pipeline as a `PictureModel`. Subclasses are the families.
 
     The pipeline's modules are put into evaluation mode: dropout would make every run another.
@@ -90,21 +91,21 @@ class Pictures:
     # What a family says -------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def denoiser(self) -> Any:
         """The network that is called once for each step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoders(self) -> tuple[Encoder, ...]:
         """The text encoders whose tokens the denoiser attends to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layers(self, height: int, width: int) -> tuple[Layer, ...]:
         """The attentions over text for a picture of this size in pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, prompts: list[str], negative: str, guided: bool) -> Prompted:
         """Encodes prompts, [prompt, token, feature]."""
-        raise NotImplementedError
 
     def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Final latents as [image, channel, y, x]."""

@@ -235,19 +235,33 @@ def shuffled(explain: Explainer) -> Explainer:
     return explain_shuffled
 
 
-def brute_force(question: Any, draws: int = 12) -> Answer:
-    """The ceiling: every unit and every pair drawn anew, ``draws`` times each; sets by what ends the outcome.
+ROWS = 19_000
+"""Rows that brute force asks at most."""
+
+
+def brute_force(question: Any, draws: int = 24) -> Answer:
+    """The ceiling: every unit and every pair drawn anew, ``draws`` times each or as often as ROWS allows; sets by what
+    ends the outcome.
 
     With b units in two states each, drawing a set of k anew puts all of it into the opposite state once in 2^k draws:
     a set counts if the value falls by more than half in at least one draw, and no set inside it does.
     """
     n = len(question.units)
     asked = [frozenset(c) for k in (1, 2) for c in combinations(range(n), k)]
+    draws = max(2, min(draws, ROWS // len(asked)))
     seen = float(question.ask(np.ones((1, n), bool))[0])
     fall = seen - question.ask(~np.repeat(rows(asked, n), draws, 0)).reshape(len(asked), draws)
     mean = dict(zip(asked, fall.mean(1).tolist(), strict=True))
     scores = np.array([mean[frozenset([i])] for i in range(n)])
-    together = {s: m - sum(scores[i] for i in s) for s, m in mean.items() if len(s) == 2}
+    variance = dict(zip(asked, (fall.var(1, ddof=1) / draws).tolist(), strict=True))
+
+    def beyond(s: frozenset[int]) -> float:
+        """What a pair does beyond its units, shrunk towards 0 by its noise: there are hundreds of pairs."""
+        raw = mean[s] - sum(scores[i] for i in s)
+        noise = variance[s] + sum(variance[frozenset([i])] for i in s)
+        return float(raw * max(0.0, 1 - 4 * noise / raw**2)) if raw else 0.0
+
+    together = {s: beyond(s) for s in mean if len(s) == 2}
     ends: list[frozenset[int]] = []
     for s, most in zip(asked, fall.max(1).tolist(), strict=True):
         if most > 0.5 and not any(t < s for t in ends):
