@@ -75,6 +75,11 @@ def card_of(name: str) -> Card:
     return cards[name]
 
 
+def maps_pictures(card: Card) -> bool:
+    """Whether the method maps the words of a picture (others score the units of a Question)."""
+    return any(need.startswith(("cross-attention", "joint-attention", "generate")) for need in card.needs)
+
+
 def load(name: str) -> Any:
     """The verb of a method (its settings class, or a check's function): imports the one file."""
     from importlib import import_module

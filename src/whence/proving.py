@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -182,7 +182,7 @@ def try_explainer(
     limits = budget or Budget()
     row: dict[str, Any] = {
         "method": name,
-        "claim": claim or f"{name} finds the single cause",
+        "claim": claim or f"{name} finds what caused the outcome: {world.name}.{structure}",
         "trial": f"{world.name}.{structure}",
         "expect": expect,
         "budget": {"forwards": limits.forwards, "backwards": limits.backwards, "seconds": limits.seconds},
@@ -253,8 +253,14 @@ class Ground:
 
         if name not in self.drawn:
             world = registry.find(name)
-            drawn = [world.draw(key) for key in registry.draws_of(world, self._n, self._key)]
-            registry.must_be_sound(world, drawn)
+            try:
+                drawn = [world.draw(key) for key in registry.draws_of(world, self._n, self._key)]
+                registry.must_be_sound(world, drawn)
+            except WhenceError:
+                raise
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
+                raise RunError(f"a trial on the world {name!r}", found, "a world whose draws can be made") from error
             self.drawn[name] = (world, drawn)
         return self.drawn[name]
 
@@ -305,7 +311,11 @@ def _rows(
         from .verbs import load
 
         model = load() if on_trial(card_of(name)) else None
-    row = try_method(name, FULL if trials.full else PICTURES, model)
+    pictures = FULL if trials.full else PICTURES
+    piece = (name, "pictures", pictures, model.fingerprint if model else "")
+    row = (journal and journal.get(*piece)) or try_method(name, pictures, model)
+    if journal:
+        journal.put(row, *piece)
     if advance:
         advance(1, name)
     return [row]
@@ -369,6 +379,7 @@ def _worlds_of(names: Iterable[str]) -> list[str]:
 def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance | None) -> dict[str, Any]:
     """Rows from several processes. The longest rows, by what their Cards say, are begun first."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
     from threading import Thread
 
@@ -391,6 +402,17 @@ def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance |
             longest_first = sorted(tasks, key=seconds, reverse=True)
             begun = [workers.submit(_rows_elsewhere, task, trials, steps) for task in longest_first]
             found = dict(done.result() for done in as_completed(begun))
+        except BrokenProcessPool:
+            raise RunError(
+                f"{len(tasks)} rows in {jobs} processes",
+                "a process ended without a word: out of memory, most likely",
+                "--jobs 1; with a journal, finished draws are kept",
+            ) from None
+        except BaseException:
+            # A worker would go on to the rows that were dealt to it before.
+            for process in list((workers._processes or {}).values()):
+                process.terminate()
+            raise
         finally:
             workers.shutdown(cancel_futures=True)
             steps.put(None)
@@ -447,15 +469,15 @@ def _on_questions(
         # The other methods' trials go on.
         row = {"method": label, "claim": card.claim, "trial": card.falsifier["trial"], "word": "not shown"}
         return row | {"reason": f"asked: {error.asked}; found: {error.found}"}
-    if structure not in found.structures:
+    if not card or structure not in found.structures:
         structure = found.structures[0]
-    more: Mapping[str, Any] = {"claim": card.claim, "expect": float(card.falsifier["expect"])} if card else {}
-    row = try_explainer(
+    more: dict[str, Any] = {}
+    if card and card.falsifier["trial"] == f"{found.name}.{structure}":
+        more = {"claim": card.claim, "expect": float(card.falsifier["expect"])}
+    return try_explainer(
         label, explain, found, draws, structure=structure, journal=journal, advance=advance,
         version=_version(name, world or ""), **more,
     )  # fmt: skip
-    status = card.falsifier.get("status") if card and not world else None
-    return row | ({"word": status, "reason": card.falsifier.get("reason", "")} if card and status else {})
 
 
 def pieces(names: Iterable[str], full: bool, world: str | None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import BudgetError, MethodError
@@ -102,7 +102,8 @@ class Answer:
         import numpy as np
 
         if isinstance(given, Answer):
-            return cls(cls._checked(given.scores, units), given.sets, given.interactions, given.nothing)
+            scores = cls._checked(given.scores, units)
+            return cls(scores, *cls._groups(given.sets, given.interactions, len(units)), bool(given.nothing))
         if hasattr(given, "scores") and hasattr(given, "units"):
             return cls._of_explanation(given, units)
         try:
@@ -130,15 +131,48 @@ class Answer:
         )
 
     @staticmethod
+    def _groups(
+        sets: Any, interactions: Any, n: int
+    ) -> tuple[tuple[frozenset[int], ...] | None, dict[frozenset[int], float]]:
+        import math
+
+        try:
+            listed = None if sets is None else tuple(frozenset(map(int, s)) for s in sets)
+            together = {frozenset(map(int, s)): float(v) for s, v in interactions.items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise MethodError(
+                "an answer", str(error), "sets of unit numbers, and {set: number} as interactions"
+            ) from None
+        for group in (*(listed or ()), *together):
+            if not group or not all(0 <= i < n for i in group):
+                raise MethodError(
+                    "an answer", f"the set {sorted(group)}", f"sets of units from 0 to {n - 1}, not empty"
+                )
+        if not all(map(math.isfinite, together.values())):
+            raise MethodError("an answer", "interactions that are not finite", "finite numbers")
+        return listed, together
+
+    @staticmethod
     def _checked(scores: Any, units: Units) -> NDArray[np.float64]:
         import numpy as np
 
-        x = np.asarray(scores, np.float64)
+        x = np.array(scores, np.float64)  # a copy: what was committed to stays as it was
         if x.shape != (len(units),):
             raise MethodError("an answer", f"scores of shape {x.shape}", f"one number for each of {len(units)} units")
         if not np.isfinite(x).all():
             raise MethodError("an answer", f"{int((~np.isfinite(x)).sum())} of {x.size} not finite", "finite numbers")
         return x
+
+
+def top_of(scores: NDArray[np.float64], k: int) -> list[int]:
+    """The units with the ``k`` highest scores. Raises MethodError where equal scores lie on both sides of the cut: the
+    order that units happen to come in must not choose between them."""
+    import numpy as np
+
+    order = np.argsort(-scores, kind="stable")
+    if k < len(order) and scores[order[k - 1]] == scores[order[k]]:
+        raise MethodError(f"the {k} highest scores", "equal scores on both sides of the cut", "another number of units")
+    return [int(i) for i in order[:k]]
 
 
 Explainer = Callable[[Any], Any]
@@ -171,7 +205,12 @@ class Metered:
 
     def __init__(self, question: Question, budget: Budget | None = None) -> None:
         self._question, self._budget, self._began = question, budget or Budget(), time.perf_counter()
-        self.spent = Spent()
+        self._spent = Spent()
+
+    @property
+    def spent(self) -> Spent:
+        """What was spent so far."""
+        return replace(self._spent)
 
     @property
     def units(self) -> Units:
@@ -229,10 +268,14 @@ class Metered:
         return self._question
 
     def _spend(self, forwards: int = 0, backwards: int = 0) -> None:
-        self.spent.forwards += forwards
-        self.spent.backwards += backwards
-        self.spent.seconds = time.perf_counter() - self._began
+        self._spent.forwards += forwards
+        self._spent.backwards += backwards
+        self.settle()
+
+    def settle(self) -> None:
+        """Take the time. Raises BudgetError where more was spent than given, also if an earlier one was swallowed."""
+        self._spent.seconds = time.perf_counter() - self._began
         for name in ("forwards", "backwards", "seconds"):
-            had, used = getattr(self._budget, name), getattr(self.spent, name)
+            had, used = getattr(self._budget, name), getattr(self._spent, name)
             if used > had:
                 raise BudgetError("ask the model again", f"{used:g} {name} of {had:g} spent", "a smaller sample")

@@ -75,7 +75,7 @@ class Run:
         if self.model is None:
             from .errors import RunError
 
-            raise RunError("run again", "this Run was read from disk without its model", "load the model and generate")
+            raise RunError("run again", "this Run has no live model", "load the model and generate")
         return self.model.generate(replace(self.settings, **changes))
 
     def replays(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Score:
-    """Mean of ``values`` (one per replicate) with a paired-t interval at ``level``.
+    """Mean of ``values`` (one per replicate, 0..1 for most) with a paired-t interval at ``level``.
 
     >>> print(Score.of("pointing", "share of pictures", [1.0, 1.0, 0.0, 1.0]))
     pointing 0.750 [-0.046, 1.546] share of pictures, n=4
@@ -35,7 +35,11 @@ class Score:
         half = float("inf")
         if len(v) > 1:
             half = float(stats.t.ppf(0.5 + level / 2, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v)))
-        return cls(name, unit, tuple(map(float, v)), mean, (mean - half, mean + half), level, details)
+        ends = (mean - half, mean + half)
+        if len(v) > 1 and (v == 1).all():
+            # Scores of 0..1 that all stand at the end: the t interval would be a point. Exact, as for coins.
+            ends = (((1 - level) / 2) ** (1 / len(v)), 1.0)
+        return cls(name, unit, tuple(map(float, v)), mean, ends, level, details)
 
     def record(self) -> dict[str, Any]:
         """The JSON record."""

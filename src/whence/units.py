@@ -25,6 +25,12 @@ class Units:
     members: tuple[tuple[tuple[int, ...], ...], ...]
     occurrence: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.names):
+            raise PromptError(
+                f"{self.kind}s {', '.join(self.labels)}", "two have one label", "occurrence=(1, 2, ...), one for each"
+            )
+
     def __len__(self) -> int:
         return len(self.names)
 

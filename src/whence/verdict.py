@@ -387,8 +387,10 @@ def judge_run(
         known = k > 1 and len(pooled) > 1
         needed = _needed_n(mean, sd, beyond, beyond_error * math.sqrt(k), delta, alpha, k, 3) if known else 3
         if not enough:
-            needed = None if tried_all else needed
+            needed = None if tried_all or k >= 3 else needed
             details["why"] = f"{k} alternatives and {len(pooled)} control swaps are too few (3 and 3)"
+            if len(pooled) < 3:
+                details["why"] += "; the control needs alternatives for other words too"
         elif mean >= delta and beyond <= 0:
             details["why"] = CONTROL_DOES_AS_MUCH
         elif tried_all:

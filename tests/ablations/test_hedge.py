@@ -14,6 +14,7 @@ from whence.ablations.hedge import HEDGE
 from whence.errors import BudgetError, MethodError
 from whence.question import Answer, Budget, Metered
 from whence.units import Units
+from whence.worlds.trial import recovery
 
 F = Callable[[Any], Any]
 
@@ -63,7 +64,7 @@ def additive(z: np.ndarray) -> Any:
 @pytest.mark.parametrize(("f", "pair"), [(both, ["u2", "u3"]), (differ, ["u5", "u6"])], ids=["and", "xor"])
 def test_the_planted_pair_is_a_set_and_is_cut_last(f: F, pair: list[str]) -> None:
     e = HEDGE().explain(Exact(f))
-    assert e.details["sets"] == [pair]
+    assert e.details["groups"] == [pair]
     left, right, phi, _ = e.details["cuts"][-1]
     assert [left, right] == [[pair[0]], [pair[1]]]
     assert phi == pytest.approx(0.25 if f is both else 0.5)
@@ -74,14 +75,14 @@ def test_the_planted_pair_is_a_set_and_is_cut_last(f: F, pair: list[str]) -> Non
 
 def test_three_units_needed_together_are_a_set_of_three() -> None:
     e = HEDGE(strong=0.05).explain(Exact(three))
-    assert ["u4", "u5", "u6"] in e.details["sets"]
-    assert not any("u0" in s for s in e.details["sets"])
+    assert ["u4", "u5", "u6"] in e.details["groups"]
+    assert not any("u0" in s for s in e.details["groups"])
 
 
 def test_in_an_additive_function_nothing_is_a_set_and_scores_are_the_parts() -> None:
     e = HEDGE().explain(Exact(additive))
-    assert "sets" not in e.details
-    assert e.details["interactions"] == []
+    assert "groups" not in e.details
+    assert e.details["synergies"] == []
     assert all(phi == 0 for *_, phi, _ in e.details["cuts"])
     assert e.scores == pytest.approx([0.25, -0.125, 0, 0.5, 0.0625, 0, 0.15, 0.15])
     assert Answer.of(e, e.units).sets is None
@@ -92,7 +93,7 @@ def test_spare_units_are_parted_first_and_each_scores() -> None:
     left, right, phi, _ = e.details["cuts"][0]
     assert (left[-1], right[0], phi) == ("u2", "u3", pytest.approx(-0.25))
     assert e.scores[[2, 3]] == pytest.approx([0.25, 0.25])
-    assert "sets" not in e.details
+    assert "groups" not in e.details
 
 
 def test_the_interaction_is_the_restricted_shapley_interaction_index() -> None:
@@ -119,12 +120,13 @@ def test_the_interaction_is_the_restricted_shapley_interaction_index() -> None:
     assert phi == pytest.approx(expected, abs=0.02)
 
 
-def test_interactions_make_the_answer_right_about_the_pair() -> None:
+def test_groups_that_suffice_together_are_not_taken_for_sets_that_end_the_outcome() -> None:
     question = Exact(both)
-    answer = Answer.of(HEDGE().explain(question), question.units)
-    assert answer.sets == (frozenset({2, 3}),)
-    assert answer.predict([2, 3]) == pytest.approx(0.75)
-    assert answer.predict([0, 7]) == pytest.approx(0, abs=1e-9)
+    e = HEDGE().explain(question)
+    assert [set(g) for g in e.details["groups"]] == [{"u2", "u3"}]
+    answer = Answer.of(e, question.units)
+    assert recovery(answer, [frozenset({2}), frozenset({3})]) == 1  # either one's removal ends it
+    assert answer.interactions == {}
 
 
 def test_levels_are_partitions_in_order_each_with_one_more_span() -> None:
@@ -159,12 +161,12 @@ def test_tossed_coins_leave_the_causes_ahead_and_random_scores_behind() -> None:
 
 def test_a_larger_budget_names_the_pair_among_tossed_coins_and_rarely_another() -> None:
     found = [
-        HEDGE(rows_per_span=300, draws=100, seed=s).explain(Tossed(both, 8, s)).details.get("sets", [])
+        HEDGE(rows_per_span=300, draws=100, seed=s).explain(Tossed(both, 8, s)).details.get("groups", [])
         for s in range(8)
     ]
     assert np.mean([["u2", "u3"] in sets for sets in found]) >= 0.7
     assert np.mean([len([s for s in sets if not {"u2", "u3"} <= set(s)]) for sets in found]) <= 0.5
-    flat = [HEDGE(seed=s).explain(Tossed(additive, 8, s)).details.get("sets", []) for s in range(8)]
+    flat = [HEDGE(seed=s).explain(Tossed(additive, 8, s)).details.get("groups", []) for s in range(8)]
     assert np.mean([len(sets) for sets in flat]) <= 0.7
 
 

@@ -295,3 +295,22 @@ def test_what_cannot_be_asked_is_refused() -> None:
     other: Scale = scale_of(Wired(weighted(GRADED), 12), insert=True)
     with pytest.raises(MethodError, match="insertion over 12"):
         deletion(GRADED, question, scale=other)
+
+
+def test_a_scale_of_another_question_is_refused() -> None:
+    scale = scale_of(Wired(weighted(GRADED), 12, 1))
+    for other in (Wired(lambda s: np.zeros(len(s)), 12, 2), Wired(lambda s: 0.2 * weighted(GRADED)(s), 12, 3)):
+        with pytest.raises(MethodError, match="another question"):
+            deletion(GRADED, other, scale=scale)
+
+
+def test_questions_in_which_nothing_can_be_ranked_are_left_out() -> None:
+    flat = [Wired(lambda s: np.ones(len(s)), 12, i) for i in range(8)]
+    nothing = deletion(lambda q: GRADED, flat)
+    assert nothing.word == UNDECIDED
+    assert "no order" in str(nothing.details)
+    mixed = [q for i in range(8) for q in (flat[i], Wired(weighted(GRADED), 12, f"ranked {i}"))]
+    right = deletion(lambda q: GRADED, mixed)
+    assert right.word == SUPPORTED
+    assert right.effect == pytest.approx(1, abs=0.1)
+    assert right.details["without_an_order"] == 8

@@ -97,6 +97,29 @@ def test_several_explainers_take_turns() -> None:
     assert randomised_model(seeds, model(3), nulls(3)).word == SUPPORTED
 
 
+@pytest.mark.parametrize("several", [1, 2, 3, 4])
+def test_explainers_that_differ_by_their_seeds_alone_do_not_pass(several: int) -> None:
+    def of(seed: int) -> Any:
+        return lambda question: stream("never asks", seed).random(N)
+
+    words = []
+    for i in range(30):
+        seeds = [of(10 * i + k) for k in range(several)]
+        words.append(randomised_model(seeds, model(3), nulls(3, 5)).word)
+    assert words.count(SUPPORTED) <= 3, words
+
+
+def test_of_two_or_three_units_nothing_is_said() -> None:
+    few = Units("unit", ("a", "b", "c"), (((0,),), ((1,),), ((2,),)))
+
+    class Few:
+        units, readout, capabilities = few, "value", frozenset[str]()
+
+    verdict = randomised_model(lambda q: np.arange(3.0), Few(), [Few()] * 4)  # type: ignore[list-item, arg-type]
+    assert verdict.word == UNDECIDED
+    assert "fewer than 4 units" in verdict.line or "fewer than 4 units" in str(verdict.details)
+
+
 def test_the_order_of_units_does_not_matter() -> None:
     moved = np.random.default_rng(1).permutation(N)
     exact = randomised_model(lambda q: q.weights, model(4), nulls(4)).effect
@@ -120,5 +143,4 @@ def test_explanations_that_do_not_fit_are_refused(scores: Any) -> None:
 def test_nulls_over_other_units_are_refused() -> None:
     with pytest.raises(MethodError, match="same units"):
         randomised_model(leave_one_out, model(7), [Weighted(np.zeros(N), 0, "v")])
-    with pytest.raises(MethodError, match="2 units"):
-        randomised_model(leave_one_out, Weighted(np.ones(1), 0), [])
+    assert randomised_model(leave_one_out, Weighted(np.ones(1), 0), []).word == UNDECIDED

@@ -141,3 +141,9 @@ def test_too_few_seeds_and_other_units_are_refused() -> None:
     other.units = other.units.subset([0, 1])
     with pytest.raises(MethodError, match="2 units of 10"):
         stability(leave_one_out, Weighted(), others=[other])
+
+
+def test_scores_on_either_side_of_a_rounding_edge_are_not_apart() -> None:
+    noise = stream("edge")
+    rhos = [likeness(*(np.array([1.0, *(0.05 + noise.normal(0, 0.001, 9))]) for _ in range(2))) for _ in range(20)]
+    assert np.mean(rhos) > 0.95

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import whence
+from whence.engine.randomness import stream
 from whence.explanation import Explanation
 from whence.method import Card, card_of, catalogue, load
 from whence.proving import Ground, asks_questions
@@ -18,8 +19,8 @@ from whence.run import Run
 from whence.score import Score
 from whence.worlds.controls import random_maps, shuffled
 from whence.worlds.ground import Draw
-from whence.worlds.trial import random_scores, try_draw
 from whence.worlds.trial import shuffled as scores_shuffled
+from whence.worlds.trial import try_draw
 
 PICTURES = 32
 """Per trial, unless the card's falsifier names its own ``pictures``."""
@@ -95,6 +96,12 @@ def test_the_method_reaches_what_its_card_expects(name: str) -> None:
 @pytest.mark.parametrize("name", SHOWN)
 def test_an_explanation_that_knows_nothing_does_not(name: str, control: str) -> None:
     card = card_of(name)
+    dice = stream("contract", "random", name)
+
+    def random_scores(question: Any) -> Any:
+        # Not the trial's own floor: that one knows labels only, so it is at 0.5 exactly on question and sibling.
+        return dice.random(len(question.units))
+
     ignorant = random_scores if asks_questions(card) else random_maps
     mixed = scores_shuffled(load(name)().explain) if asks_questions(card) else shuffled(explainer(name))
     score = trial(card, ignorant if control == "random" else mixed)

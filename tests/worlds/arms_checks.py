@@ -29,7 +29,7 @@ def does_what_was_planted(draw: Any) -> None:
 def swaps_do_what_the_recipe_says(p: Any, arms: Arms) -> None:
     """Each subset of arm and twin in its opposite state: the model's outcome is the recipe's."""
     which = rows(subsets(p.arm + p.twin), len(p.question.units))
-    output, seen = list(STRUCTURES).index(p.structure), p.question.seen
+    output, seen = list(arms.arm).index(p.structure), p.question.seen
     expected = arms.outcomes(arms.opposite(seen, which))[:, output] == arms.outcomes(seen)[output]
     assert 0 < expected.sum() < len(expected)
     np.testing.assert_array_equal(p.question.swap(which) > ENDS, expected)

@@ -1,6 +1,9 @@
 """The trial: what it gives for right, wrong and missing answers, and that an explainer cannot reach round it."""
 
+import contextlib
 import re
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from whence.engine.journal import Journal
 from whence.engine.randomness import stream
 from whence.errors import BudgetError, MethodError, RunError
+from whence.method import load
 from whence.proving import Ground, prove, try_explainer
 from whence.question import Answer, Budget, Metered
 from whence.units import Units
@@ -116,7 +120,7 @@ def test_brute_force_finds_causes_sets_and_silence(draws):
         assert np.mean([f.mean("auc", [structure]) for f in found]) >= 0.95, structure
         assert np.mean([f.mean("sets", [structure]) for f in found]) >= 0.7, structure
         assert np.mean([f.mean("effects", [structure]) for f in found]) >= 0.6, structure
-    assert np.mean([f.mean("quiet") for f in found]) == 1
+    assert np.mean([f.mean("quiet") for f in found]) >= 0.95
 
 
 def test_silence_is_no_answer_to_a_question_that_has_one(draws):
@@ -125,7 +129,76 @@ def test_silence_is_no_answer_to_a_question_that_has_one(draws):
 
     assert mean(silent, draws, "auc") == 0.5
     assert mean(silent, draws, "sets") == 0
-    assert mean(silent, draws, "quiet") == 1
+    assert mean(silent, draws, "quiet") == 0
+
+
+def test_whispering_is_no_quiet(draws):
+    def loud(q):
+        return right(draws, lambda a: Answer(a.scores * 1.0))(q)
+
+    assert mean(loud, draws, "quiet") == 1
+    assert mean(lambda q: Answer(loud(q).scores * 1e-3), draws, "quiet") == 0
+    assert mean(lambda q: trial.random_scores(q) * 1e-3, draws, "quiet") == 0
+
+
+def test_counting_calls_does_not_tell_the_sibling_from_its_question(draws):
+    first = []
+    for p in draws[0].planted * 20:
+        order = []
+
+        def note(q, order=order):
+            order.append(id(q._question))
+            return np.zeros(10)
+
+        trial.try_question(note, p, Budget())
+        first.append(order[0] == id(p.question))
+    assert 5 < sum(first) < len(first) - 5
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda: Answer(np.zeros(10), sets=([0],)),
+        lambda: Answer(np.zeros(10), sets=(0,)),
+        lambda: Answer(np.zeros(10), sets=(frozenset([10]),)),
+        lambda: Answer(np.zeros(10), sets=(frozenset(),)),
+        lambda: Answer(np.zeros(10), interactions={frozenset([1, 2]): np.nan}),
+        lambda: Answer(np.zeros(10), interactions={"ab": 1.0}),
+        lambda: sys.exit(3),
+    ],
+)
+def test_an_answer_of_another_kind_is_refused_or_read_and_the_trial_goes_on(answer, draws):
+    row = try_explainer("mine", lambda q: answer(), COINS, draws)
+    assert 0 <= row["score"]["mean"] <= 1
+    assert np.isfinite(list(row["panel"]["single"].values())).all()
+
+
+def test_time_is_taken_and_a_swallowed_budget_is_not_forgiven(draws):
+    def slow(q):
+        time.sleep(0.02)
+        return np.zeros(10)
+
+    def deaf(q):
+        with contextlib.suppress(BudgetError):
+            q.ask(np.ones((200, 10), bool))
+        return right(draws)(q)
+
+    limits = Budget(forwards=100, seconds=0.01)
+    for explain, says in ((slow, "seconds of 0.01"), (deaf, "200 forwards of 100")):
+        tried = trial.try_question(explain, draws[0].planted[0], limits)
+        assert tried.values["auc"] == 0
+        assert says in tried.reasons[0]
+    assert trial.try_question(slow, draws[0].planted[0], Budget()).spent.seconds > 0.015
+
+
+def test_a_result_does_not_depend_on_what_was_asked_before():
+    drawn = registry.find("twins").draw("restart")
+    explain, other = load("leave_one_out")().explain, load("occlusion")().explain
+    once = trial.try_draw(explain, drawn, ["single", "or"])
+    trial.effects.cache_clear()
+    trial.try_draw(other, drawn, ["single", "or"])
+    again = trial.try_draw(explain, drawn, ["single", "or"])
+    assert [t.values for t in once.tried] == [t.values for t in again.tried]
 
 
 @pytest.mark.parametrize(
@@ -149,11 +222,11 @@ def test_a_failing_explainer_gets_a_failing_row_with_the_reason(explain, says, d
 
 
 def test_an_explainer_that_fails_once_loses_that_question_only(draws):
-    truth, calls = right(draws), []
+    truth, single = right(draws), draws[0].planted[0]
+    assert single.structure == "single"
 
     def once(q):
-        calls.append(1)
-        if len(calls) == 1:
+        if q._question is single.question:
             raise ValueError("the first is hard")
         return truth(q)
 

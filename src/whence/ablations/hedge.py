@@ -125,10 +125,11 @@ class HEDGE:
         details = {
             "hierarchy": [[(named(s), psi(s)) for s in level] for level in levels],
             "cuts": [(named(s[:at]), named(s[at:]), phi, error) for s, at, phi, error in made],
-            "interactions": [(tuple(named(s)), psi(s) - float(scores[list(s)].sum())) for s in _innermost(groups)],
+            "synergies": [(tuple(named(s)), psi(s) - float(scores[list(s)].sum())) for s in _innermost(groups)],
         }
         if groups:
-            details["sets"] = [named(s) for s in groups]
+            # Not `sets` or `interactions` of an Answer, which say what removal does: these are what suffices together.
+            details["groups"] = [named(s) for s in groups]
         spread = np.array([game.error({u: 1.0, (): -1.0}) for u in units])
         return explanation_of(question, "hedge", self, scores, began, game.rows, spread, details)
 

@@ -38,7 +38,7 @@ from ..engine.randomness import stream
 from ..errors import MethodError
 from ..method import Card
 from ..question import Answer, Explainer, Question
-from ..verdict import LOOKS, THIS_RUN, Verdict, judge_run, sequential, unmeasured
+from ..verdict import LOOKS, RUNS_LIKE_THIS, THIS_RUN, Verdict, judge_run, sequential, unmeasured
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,6 +77,8 @@ ROWS = 512
 """Coalitions asked at once."""
 LEAST_ROOM = 0.02
 """Below this gap of area between random and best no order stands out; the readout's range is about 1."""
+SAME = 1e-4
+"""Values as observed that are no further apart are of one question."""
 NO_ORDER = "no order of the units stands out: re-rendering them in turn moves the value by too little, or alike"
 
 
@@ -95,6 +97,8 @@ class Scale:
     best: NDArray[np.float64]
     order: tuple[int, ...]
     rows: int
+    of: tuple[tuple[str, ...], str, float]
+    """Of which question: labels of its units, its readout, its value as observed."""
 
     @property
     def room(self) -> float:
@@ -146,6 +150,11 @@ def curves(
     top = place[:, None, :] < np.asarray(cuts)[None, :, None]
     keep = top if insert else ~top
     return ask(question, keep.reshape(-1, orders.shape[1])).reshape(len(orders), len(cuts))
+
+
+def _seen(question: Question) -> float:
+    """The value as observed."""
+    return float(question.ask(np.ones((1, len(question.units)), bool))[0])
 
 
 def areas_of(values: NDArray[np.float64], cuts: Sequence[int], units: int, insert: bool = False) -> NDArray[np.float64]:
@@ -219,7 +228,8 @@ def scale_of(
     order = found[areas(found, draws).argmax()]
     best = areas_of(curves(question, np.repeat(order[None], 4 * draws, 0), cuts, insert), cuts, n, insert)
     rows = (orders * few + len(found) * draws + 4 * draws) * len(cuts) + front[1] + back[1]
-    return Scale(insert, cuts, random, best, tuple(order.tolist()), rows)
+    of = (question.units.labels, question.readout, _seen(question))
+    return Scale(insert, cuts, random, best, tuple(order.tolist()), rows + 1, of)
 
 
 def deletion(
@@ -270,8 +280,12 @@ def trial(
         return unmeasured(claim, THIS_RUN, why, delta, **said)
     known = scale or scale_of(question, insert=insert, orders=orders or 39, draws=draws, steps=steps, seed=seed)
     n, name = len(question.units), "insertion" if insert else "deletion"
-    if known.insert != insert or len(known.order) != n:
+    labels, readout, seen = known.of
+    same = (labels, readout) == (question.units.labels, question.readout)
+    same = same and (scale is None or abs(seen - _seen(question)) < SAME)
+    if known.insert != insert or not same:
         found = f"one of {'insertion' if known.insert else 'deletion'} over {len(known.order)} units"
+        found += f" of {readout!r}, observed {seen:.3g}"
         raise MethodError(f"{name} on a scale of another question", found, f"scale_of(question, insert={insert})")
     if not known.measurable:
         return unmeasured(claim, THIS_RUN, NO_ORDER, delta, room=known.room, rows=known.rows, **said)
@@ -282,7 +296,6 @@ def trial(
     others = known.number(known.random)
     # Exact for scores dealt out at random: their order is one of these. More draws for the own order make it stricter.
     chance = (1 + int((others >= effects.mean()).sum())) / (1 + len(others))
-    labels = question.units.labels
     return judge_run(
         effects,
         {f"random order {i}": [value] for i, value in enumerate(others.tolist(), 1)},
@@ -297,7 +310,7 @@ def trial(
         reversed=float(known.number(reverse).mean()),
         best_order=[labels[u] for u in known.order],
         room=known.room,
-        rows=known.rows + 2 * values.size,
+        rows=known.rows + 2 * values.size + (scale is not None),
         **said,
     )
 
@@ -321,17 +334,25 @@ def _runs_like_this(
     name = "insertion" if insert else "deletion"
     if not callable(given):
         raise MethodError(f"{name} over several questions", f"a {type(given).__name__}", "a function that explains one")
-    plan = tuple(k for k in looks if k <= len(questions))
-    if not plan:
+    if len(questions) < min(looks):
         raise MethodError(f"{name} over {len(questions)} questions", "too few", f"{min(looks)} questions at least")
-    explain, rows, flat = cast(Explainer, given), 0, 0
+    # Whether anything can be ranked depends on no explanation; where nothing can, there is nothing to be right about.
+    scales = [measure(q) for q in questions]
+    ranked = [(q, scale) for q, scale in zip(questions, scales, strict=True) if scale.measurable]
+    explain, rows = cast(Explainer, given), sum(scale.rows for scale in scales)
+    evidence = "scores by an explainer, asked of each question"
+    told: dict[str, Any] = {"readout": READOUTS[insert], "unit": UNIT, "evidence": evidence}
+    plan = tuple(k for k in looks if k <= len(ranked))
+    claim = f"{CLAIMS[insert]}, in runs like this"
+    if not plan:
+        why = f"in {len(questions) - len(ranked)} of {len(questions)} questions no order stands out"
+        return unmeasured(claim, RUNS_LIKE_THIS, why, delta, rows=rows, **told)
 
     def draw(i: int) -> tuple[float, Mapping[str, float]]:
-        nonlocal rows, flat
-        question = questions[i]
+        nonlocal rows
+        question, scale = ranked[i]
         n = len(question.units)
         answer = Answer.of(explain(question), question.units)
-        scale = measure(question)
         own = orders_of(answer.scores, draws, stream(name, "ties", seed, n, i))
         arms = {
             "own": own,
@@ -339,10 +360,7 @@ def _runs_like_this(
             "the reversed order": own[:, ::-1],
             "the order the units come in": np.tile(np.arange(n), (draws, 1)),
         }
-        rows += scale.rows
-        if not scale.measurable or answer.nothing:
-            # Where nothing can be ranked, or nothing was, no order is better than another.
-            flat += 1
+        if answer.nothing:  # though something can be ranked
             return 0.0, {k: 0.0 for k in arms if k != "own"}
         found = {}
         for arm, order in arms.items():
@@ -352,8 +370,7 @@ def _runs_like_this(
         return found.pop("own"), found
 
     verdict = sequential(
-        draw, claim=f"{CLAIMS[insert]}, in runs like this", delta=delta, looks=plan, replicate="question",
-        readout=READOUTS[insert], unit=UNIT, evidence="scores by an explainer, asked of each question",
+        draw, claim=claim, delta=delta, looks=plan, replicate="question", **told
     )  # fmt: skip
-    verdict.details.update(rows=rows, without_an_order=flat)
+    verdict.details.update(rows=rows, without_an_order=len(questions) - len(ranked))
     return verdict

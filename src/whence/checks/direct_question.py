@@ -30,7 +30,7 @@ import numpy as np
 from ..engine.randomness import stream
 from ..errors import MethodError
 from ..method import Card
-from ..question import Answer, Question
+from ..question import Answer, Question, top_of
 from ..verdict import LOOKS, REFUTED, SUPPORTED, THIS_RUN, UNDECIDED, Verdict, correct, sequential
 
 if TYPE_CHECKING:
@@ -188,7 +188,9 @@ def hold(
     q: float = 0.05,
     seed: int = 0,
 ) -> list[Held]:
-    """What the explanation says of each unit against the direct answers, all corrected together (Benjamini-Hochberg).
+    """What the explanation says of each unit against the direct answers. *Supported* is corrected over all of them
+    (Benjamini-Hochberg); *refuted*, which "does nothing" rests on, is not: of many true claims at the very edge of
+    delta some will be contradicted.
 
     ``given``: an Answer, an Explanation or one number per unit. Without ``top`` its scores are read in the readout's
     own units: a score of ``delta`` or more says that re-rendering the unit lowers the value, -``delta`` or less that
@@ -220,7 +222,7 @@ def _claims(scores: NDArray[np.float64], nothing: bool, delta: float, top: int |
     if nothing:
         return dict.fromkeys(range(len(scores)), NOTHING)
     if top is not None:
-        return dict.fromkeys(np.argsort(-scores, kind="stable")[:top].tolist(), LOWERS)
+        return dict.fromkeys(top_of(scores, top), LOWERS)
     return {u: LOWERS if s >= delta else RAISES if s <= -delta else NOTHING for u, s in enumerate(scores.tolist())}
 
 

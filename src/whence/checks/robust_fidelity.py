@@ -29,7 +29,7 @@ import numpy as np
 from ..engine.randomness import stream
 from ..errors import MethodError
 from ..method import Card
-from ..question import Answer
+from ..question import Answer, top_of
 from ..verdict import LOOK_ALPHA, RUNS_LIKE_THIS, THIS_RUN, Verdict, judge, judge_run, unmeasured
 
 if TYPE_CHECKING:
@@ -148,21 +148,25 @@ def over_questions(
     alpha2: float = 0.2, draws: int = 16, controls: int = 4, delta: float = DELTA, name: str = "",
 ) -> Verdict:  # fmt: skip
     """The verdict on an explainer in runs like this: one mean Fid_D per question against the mean of random
-    explanations of the same question. An answer that names no unit counts 0. Questions should come from draws of their
-    own; two questions of one model are not two replicates."""
+    explanations of the same question. An answer that names no unit, or every unit, counts 0. Questions should come from
+    draws of their own; two questions of one model are not two replicates."""
     _check(alpha1, alpha2, draws, controls)
     effects, control = [], []
     for i, question in enumerate(questions):
         s = _explanation(explain(question), question, size)
         streams = f"{name} {i}"
         others = random_explanations(max(1, len(s)), len(question.units), s, controls, streams)
+        if not others:  # every unit is named: no other set of its size to hold it against
+            effects.append(0.0)
+            control.append(0.0)
+            continue
         each = [
             float(_delta(fidelity(question, e, alpha1=alpha1, alpha2=alpha2, draws=draws, name=streams)).mean())
             if e else 0.0
             for e in (s, *others)
         ]  # fmt: skip
         effects.append(each[0])
-        control.append(float(np.mean(each[1:])) if others else 0.0)
+        control.append(float(np.mean(each[1:])))
     claim = "the explainer names units that are needed and enough, in questions like these"
     if not effects:
         return unmeasured(claim, RUNS_LIKE_THIS, "no question was asked", delta, readout=READOUT, unit=UNIT)
@@ -182,7 +186,7 @@ def _explanation(answer: Any, question: Question, size: int | None) -> frozenset
         return chosen(found)
     if not 1 <= size <= len(question.units):
         raise MethodError(f"an explanation of {size} units", f"{len(question.units)} units", "a size between")
-    return frozenset(np.argsort(-found.scores, kind="stable")[:size].tolist())
+    return frozenset(top_of(found.scores, size))
 
 
 def _check(alpha1: float, alpha2: float, draws: int, controls: int) -> None:

@@ -71,24 +71,29 @@ UNIT = "Spearman's rank correlation, -1..1"
 def likeness(a: NDArray[np.float64], b: NDArray[np.float64], grain: float = GRAIN) -> float:
     """rho of two explanations, a[unit] and b[unit], each rounded to ``grain`` of its largest absolute score (0: not).
 
+    The grid is laid at ten offsets and rho is the median over them: scores on either side of one line are not apart.
+
     >>> a = np.array([3.0, 1, 2])
     >>> likeness(a, 10 * a), likeness(a, -a), likeness(a, np.zeros(3))
     (1.0, -1.0, 0.0)
     >>> likeness(np.array([1.0, 0.01, 0]), np.array([5.0, 0, 0.02]))
     1.0
     """
-    x, y = _ranks(a, grain), _ranks(b, grain)
+    return float(np.median([_rho(_ranks(a, grain, o), _ranks(b, grain, o)) for o in (np.arange(10) + 0.5) / 10]))
+
+
+def _rho(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     sizes = np.sqrt((x @ x) * (y @ y))
     if not sizes:
         return float(not x.any() and not y.any())
     return float(np.clip(round(float(x @ y / sizes), 12), -1, 1))
 
 
-def _ranks(scores: NDArray[np.float64], grain: float) -> NDArray[np.float64]:
+def _ranks(scores: NDArray[np.float64], grain: float, offset: float) -> NDArray[np.float64]:
     from scipy.stats import rankdata
 
     step = grain * float(np.abs(scores).max())
-    ranks = rankdata(np.rint(scores / step) if step else scores)
+    ranks = rankdata(np.floor(scores / step + offset) if step else scores)
     return np.asarray(ranks - ranks.mean())
 
 

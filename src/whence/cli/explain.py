@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MethodError, PromptError, RunError
-from ..method import card_of, catalogue
+from ..method import card_of, catalogue, maps_pictures
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -63,9 +63,12 @@ class Asked:
             raise RunError(f"--seeds {self.seeds}", "too few for a verdict on runs like this", "0, or 8 or more")
         methods = [m.strip() for m in self.by.split(",")] if self.by is not None else []
         for name in methods:
-            if card_of(name).module.startswith("whence.checks"):
-                explainers = ", ".join(c.name for c in catalogue().values() if not c.module.startswith("whence.checks"))
-                raise MethodError(f"--by {name}", "a check: it tries maps and makes none", explainers)
+            card, maps = card_of(name), [c.name for c in catalogue().values() if maps_pictures(c)]
+            if card.module.startswith("whence.checks"):
+                raise MethodError(f"--by {name}", "a check: it tries maps and makes none", ", ".join(maps))
+            if not maps_pictures(card):
+                found = "it scores the units of a Question and maps no pictures"
+                raise MethodError(f"--by {name}", found, f"{', '.join(maps)}; or `whence prove {name}`")
         return Checked(height, width, tuple(dict.fromkeys(methods)), self._replacements())
 
     def _replacements(self) -> dict[str, tuple[str, ...]]:

@@ -21,7 +21,7 @@ SCHEMA = "whence.verdicts/1"
 RECORD = Path("docs") / "verdicts.json"
 
 
-JOURNAL = Path("whence-out") / "prove.jsonl"
+JOURNAL = Path("whence-prove.jsonl")
 
 
 @dataclass(frozen=True)

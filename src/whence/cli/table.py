@@ -32,7 +32,10 @@ def print_table(bundle: Bundle) -> None:
             console.print(_table(bundle, e, scope))
     if not bundle.trials:
         word = max(bundle.run.words.names, key=len, default="dog")
-        hint = f"\nNothing was tried: no words are known that could take a word's place. Name some: --swap {word}=A,B,C"
+        hint = (
+            "\nNothing was tried: no words are known that could take a word's place. "
+            f"Name some, for two words or more (one is the other's control): --swap {word}=A,B,C"
+        )
         console.print(escape(hint))
     sys.stderr.flush()
 

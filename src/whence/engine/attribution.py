@@ -86,7 +86,7 @@ def seeded(*names: object) -> Iterator[None]:
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(*names))
+        torch.default_generator.manual_seed(seed_of(*names))  # torch.manual_seed would seed every device
         yield
 
 

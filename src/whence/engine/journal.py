@@ -33,7 +33,11 @@ class Journal:
         self.path = path
         self._found: dict[str, Any] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf8").splitlines():
+            try:
+                lines = path.read_text(encoding="utf8", errors="replace").splitlines()
+            except OSError as error:
+                raise OutputError(f"read the journal {path}", str(error), "a file, or a name that is free") from None
+            for line in lines:
                 try:
                     row = json.loads(line)
                     self._found[row["piece"]] = row["record"]

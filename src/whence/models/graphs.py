@@ -112,10 +112,11 @@ class EdgeQuestion:
 
     def __init__(
         self, model: Any, data: Data, value: Callable[[Tensor], Tensor], readout: str, call: Call,
-        resample: Resample | str | None, places: Sequence[Sequence[tuple[int, int]]] | None, rng: np.random.Generator,
+        resample: Resample | str | None, places: Sequence[Sequence[tuple[int, int]]] | None, names: tuple[object, ...],
     ) -> None:  # fmt: skip
         self.data, self._model, self._value, self._call = data, model, value, call
-        self._resample, self._rng, self.readout = resample, rng, readout
+        self._resample, self._names, self.readout = resample, names, readout
+        self._rng = stream("edges drawn anew", *names)
         self.ends, self._both, self._weight = _edges(data)
         named = zip(self.ends.tolist(), self._both, strict=True)
         self.units = Units(
@@ -135,6 +136,10 @@ class EdgeQuestion:
     @property
     def capabilities(self) -> frozenset[str]:
         return frozenset({"gradients"})
+
+    def restart(self, purpose: str) -> None:
+        """Begin the stream of draws anew, another one for each purpose."""
+        self._rng = stream("edges drawn anew", *self._names, purpose)
 
     def ask(self, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
         """See :meth:`whence.question.Question.ask`. Raises MethodError where an edge is not kept and no law of the
@@ -264,5 +269,5 @@ def edge_question(
     what = readout or ("the readout" if callable(target) else f"probability of class {target}")
     if resample == DROP:
         what += " (edges dropped: outside the distribution)"
-    rng = stream("edges drawn anew", *(names or (what, data.edge_index.tolist())))
-    return EdgeQuestion(model, data, _value_of(target), what, call, resample, places, rng)
+    named = tuple(names) or (what, data.edge_index.tolist())
+    return EdgeQuestion(model, data, _value_of(target), what, call, resample, places, named)

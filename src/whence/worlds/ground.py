@@ -38,12 +38,22 @@ question that costs much (a picture) may have ``repeats``, its number of draws."
 
 
 class Oracle(Question, Protocol):
-    """A Question as its world sees it: it can also put units into their opposite state."""
+    """A Question as its world sees it: it can also put units into their opposite state.
+
+    One that draws should also have ``restart(purpose)``, which begins its streams anew, other ones for each purpose.
+    """
 
     def swap(self, which: NDArray[np.bool_]) -> NDArray[np.float64]:
         """value[coalition] with these units, which[coalition, unit], in their opposite state (and what the world's
         mechanism makes follow from that), everything else as observed. Nothing is drawn."""
         ...
+
+
+def restart(question: Question, purpose: str) -> None:
+    """Begin a question's streams of draws anew, those of this purpose; without effect where it has no such method."""
+    begin = getattr(question, "restart", None)
+    if begin:
+        begin(purpose)
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,8 @@ class Draw:
 
 
 class World(Protocol):
-    """A family of worlds. The same key gives the same model and questions; names and places of units are permuted."""
+    """A family of worlds. The same key gives the same model and questions. Names and places of units, and which output
+    stands for which structure, should be drawn from the key, or they give the answer away."""
 
     @property
     def name(self) -> str: ...

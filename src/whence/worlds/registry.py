@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -36,10 +37,11 @@ def from_file(spec: str, what: str) -> Any:
     path = Path(place)
     if not place or not path.is_file():
         raise RunError(f"the {what} {spec!r}", f"no file {place!r}", f"path/to/file.py:NAME of your {what}")
-    loader = importlib.util.spec_from_file_location(path.stem, path)
+    loader = importlib.util.spec_from_file_location(f"whence_{what}_{path.stem}", path)
     assert loader is not None
     assert loader.loader is not None
     module = importlib.util.module_from_spec(loader)
+    sys.modules[loader.name] = module  # where dataclasses look up the types of their fields
     try:
         loader.loader.exec_module(module)
     except Exception as error:
@@ -58,7 +60,12 @@ def find(name: str) -> World:
         return from_file(name, "world")  # type: ignore[no-any-return]
     if name not in WORLDS:
         raise RunError(f"the world {name!r}", "no such world", f"{nearest(name, WORLDS)}, or file.py:OBJECT")
-    return importlib.import_module(WORLDS[name]).WORLD  # type: ignore[no-any-return]
+    try:
+        return importlib.import_module(WORLDS[name]).WORLD  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        raise RunError(
+            f"the world {name!r}", f"{error.name} is not installed", 'pip install "whence[graphs]"'
+        ) from None
 
 
 def draws_of(world: World, n: int, key: str = KEY) -> list[str]:

@@ -8,11 +8,12 @@ single units, pairs, keep-only sets (drawn anew) and swaps (put into their oppos
   read as one set for each unit that reaches half of the largest score.
 * ``effects``: Spearman's correlation of predicted and real effects, mean of re-renderings and of swaps.
 * ``quiet``: 1 where the answer to a null is "nothing here did it" (said, or all scores below half of what counts as
-  still), else 0.
+  still), else 0; times the share of model and sibling where the answer was not that. Whoever whispers always gets 0.
 
-Every question is asked of the model and of its sibling with the roles swapped, and the mean counts: what sees the input
-alone cannot be right on both. An explainer that raises, overspends or returns no numbers gets 0 for that question, with
-the reason. The replicate is the draw of the world.
+Every question is asked of the model and of its sibling with the roles swapped, and of nulls, in an order that nobody
+knows; the mean of model and sibling counts: what sees the input alone cannot be right on both. Each asking begins its
+streams of draws anew, so that no result hangs on what was asked before. An explainer that raises, overspends or returns
+no numbers gets 0 for that question, with the reason. The replicate is the draw of the world.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import combinations
+from random import SystemRandom
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +30,7 @@ import numpy as np
 from ..engine.randomness import stream
 from ..errors import WhenceError
 from ..question import Answer, Budget, Explainer, Metered, Spent
-from .ground import STILL, Oracle, Planted, rows
+from .ground import STILL, Oracle, Planted, restart, rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,12 +91,14 @@ class DrawResult:
 
 def commit(explain: Explainer, question: Oracle, budget: Budget) -> tuple[Answer | None, Spent, str]:
     """The explainer's answer (None: none that counts), what it spent and the reason why there is none."""
+    restart(question, "explainer")
     handle = Metered(question, budget)
     try:
         answer = Answer.of(explain(handle), question.units)
+        handle.settle()
     except WhenceError as error:
         return None, handle.spent, f"asked: {error.asked}; found: {error.found}"
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A stranger's explainer may fail in any way; its row says how and the trial goes on.
         return None, handle.spent, f"{type(error).__name__}: {error}"
     return answer, handle.spent, ""
@@ -140,6 +144,7 @@ def effects(planted: Planted) -> Effects:
     """What the oracle finds. The interventions depend on nothing that an explainer is shown, and are the same for all
     explainers of a question, so that they can be compared."""
     q, n = planted.question, len(planted.question.units)
+    restart(q, "oracle")  # draws of its own: an explainer that remembers the noise it met gains nothing
     rng = stream("oracle", planted.name)
     inside = sorted(planted.arm + planted.twin)
     outside = [int(i) for i in rng.permutation(sorted(set(range(n)) - set(inside)))[:3]]
@@ -177,7 +182,7 @@ def _quiet(answer: Answer | None) -> float:
 
 def try_question(explain: Explainer, planted: Planted, budget: Budget) -> Tried:
     """One explainer on one question, its sibling and its nulls."""
-    total, reasons, values = Spent(), [], []
+    total, reasons = Spent(), []
 
     def ask(question: Oracle) -> Answer | None:
         answer, spent, reason = commit(explain, question, budget)
@@ -188,13 +193,19 @@ def try_question(explain: Explainer, planted: Planted, budget: Budget) -> Tried:
             reasons.append(reason)
         return answer
 
-    for side in (planted, planted.mirrored()):
-        answer = ask(side.question)
-        values.append(_judged(answer, side) if answer else {"auc": 0.0, "sets": 0.0, "effects": 0.0})
-    found = {m: float(np.mean([v[m] for v in values])) for m in values[0]}
+    sides = (planted, planted.mirrored())
+    to_ask = [s.question for s in sides] + list(planted.nulls)
+    order = list(range(len(to_ask)))
+    SystemRandom().shuffle(order)  # in a fixed order, counting calls would tell the sibling from its question
+    answers = {i: ask(to_ask[i]) for i in order}
+    said = [answers[i] for i in range(2)]
+    none = {"auc": 0.0, "sets": 0.0, "effects": 0.0}
+    values = [_judged(a, side) if a else none for a, side in zip(said, sides, strict=True)]
+    found = {m: float(np.mean([v[m] for v in values])) for m in none}
     if planted.nulls:
-        found["quiet"] = float(np.mean([_quiet(ask(null)) for null in planted.nulls]))
-    asked = 2 + len(planted.nulls)
+        loud = np.mean([a is not None and not _quiet(a) for a in said])
+        found["quiet"] = float(loud * np.mean([_quiet(answers[i]) for i in range(2, len(to_ask))]))
+    asked = len(to_ask)
     mean = Spent(round(total.forwards / asked), round(total.backwards / asked), round(total.seconds / asked, 4))
     return Tried(planted.name, planted.structure, found, mean, tuple(reasons))
 
@@ -221,8 +232,11 @@ def try_draw(
 
 
 def random_scores(question: Any) -> NDArray[np.float64]:
-    """The floor: scores that know nothing, drawn from the names of the units."""
-    return stream("control", "random", *question.units.labels, question.readout).random(len(question.units))
+    """The floor: scores that know nothing. The model is asked once, for nothing but a number to begin the dice with:
+    drawn from names alone they would be the same for a question and its sibling, and right on one of them exactly."""
+    n = len(question.units)
+    dice = float(question.ask(np.zeros((1, n), bool))[0])
+    return stream("control", "random", *question.units.labels, question.readout, dice.hex()).random(n)
 
 
 def shuffled(explain: Explainer) -> Explainer:
@@ -230,7 +244,8 @@ def shuffled(explain: Explainer) -> Explainer:
 
     def explain_shuffled(question: Any) -> NDArray[np.float64]:
         scores = Answer.of(explain(question), question.units).scores
-        return scores[stream("control", "shuffled", *question.units.labels, question.readout).permutation(len(scores))]
+        names = (*question.units.labels, question.readout, scores.tobytes().hex())  # another order for the sibling
+        return scores[stream("control", "shuffled", *names).permutation(len(scores))]
 
     return explain_shuffled
 

@@ -42,6 +42,7 @@ class Motif:
         self._asked, self._scene = asked, drawn
         self.units, self.readout, self.capabilities = asked.units, asked.readout, asked.capabilities
         self.data, self.ask, self.forward, self.background = asked.data, asked.ask, asked.forward, asked.background
+        self.restart = asked.restart
 
     @property
     def inputs(self) -> Tensor:

@@ -65,10 +65,13 @@ class Roles:
 
 
 def roles(key: str, structures: tuple[str, ...]) -> Roles:
-    """Colours for each structure: the coin that makes one of two arms decide."""
-    sizes = [2 * STRUCTURES[s].size for s in structures]
-    columns = iter((1 + stream("motifs", key, "roles").permutation(sum(sizes))).tolist())
-    return Roles({s: tuple(next(columns) for _ in range(n)) for s, n in zip(structures, sizes, strict=True)})
+    """Colours for each structure: the coin that makes one of two arms decide. Outputs are in an order of the key's own,
+    or their numbers would say which structure is asked about."""
+    rng = stream("motifs", key, "roles")
+    sizes = {s: 2 * STRUCTURES[s].size for s in structures}
+    columns = iter((1 + rng.permutation(sum(sizes.values()))).tolist())
+    listed = [structures[i] for i in rng.permutation(len(structures))]
+    return Roles({s: tuple(next(columns) for _ in range(sizes[s])) for s in listed})
 
 
 @dataclass(frozen=True)

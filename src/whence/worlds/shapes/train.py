@@ -100,6 +100,10 @@ def train(directory: Path, settings: Training | None = None, log: Any = sys.stde
     for part in (pipe.vae, pipe.unet, pipe.text_encoder):
         part.to(torch.float16, memory_format=torch.contiguous_format)
     pipe.save_pretrained(fresh, safe_serialization=True)
+    for path in fresh.rglob("*.json"):  # diffusers notes down the folder that a pipeline was loaded from
+        config = json.loads(path.read_text(encoding="utf8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None):
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
     (fresh / "words.json").write_text(json.dumps(vocabulary.record(), indent=1))
     shutil.rmtree(final, ignore_errors=True)
     fresh.rename(final)

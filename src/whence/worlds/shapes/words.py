@@ -68,7 +68,7 @@ class PictureQuestion:
     repeats: int = 4
 
     def __post_init__(self) -> None:
-        self._asked = 0
+        self._asked, self._purpose = 0, ""
         self._known: dict[str, bool] = {}
 
     capabilities = frozenset({"ask"})
@@ -76,7 +76,7 @@ class PictureQuestion:
     @property
     def readout(self) -> str:
         """What is asked."""
-        return f"1 if the {self.part} is {'there' if self._observed else 'missing'} as observed, else 0"
+        return f"1 if the {self.part} is there or missing as in the observed picture, else 0"
 
     @cached_property
     def _places(self) -> tuple[int, ...]:
@@ -120,9 +120,13 @@ class PictureQuestion:
                 prompt = replace_word(prompt, place, others[rng.integers(len(others))])
         return prompt
 
+    def restart(self, purpose: str) -> None:
+        """See :func:`whence.worlds.ground.restart`."""
+        self._asked, self._purpose = 0, purpose
+
     def ask(self, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
         """See :meth:`whence.question.Question.ask`."""
-        rng = stream("words", self.prompt, self.seed, self._asked)
+        rng = stream("words", self.prompt, self.seed, self._purpose, self._asked)
         self._asked += len(keep)
         return self._value([self._redrawn(row, rng) for row in keep])
 

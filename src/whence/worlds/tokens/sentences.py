@@ -54,8 +54,12 @@ class TokensQuestion(ArmsQuestion):
         self._model, self._order = model, torch.from_numpy(order)
         self._output = list(made.arms.arm).index(structure)
         self._sign = 1.0 if made.arms.outcomes(seen)[self._output] else -1.0
+        self._codes = model.get_input_embeddings().weight.detach()
+        # Codes are orthonormal, so that one matrix puts a code in the place of another: the sibling's are exchanged
+        # behind its input, which is the same as that of the question.
         words = np.concatenate([[_CLS, _SEP], (_WORDS + 2 * reads[:, None] + np.arange(2)).ravel()])
-        self._codes = model.get_input_embeddings().weight.detach()[torch.from_numpy(words)]
+        self._exchange = self._codes.T @ self._codes[torch.from_numpy(words)]
+        self._exchanged = bool((reads != np.arange(len(reads))).any())
         self.readout = f"probability of the observed outcome of output {self._output} (0..1)"
 
     def _embed(self, states: Bools) -> Tensor:
@@ -75,7 +79,10 @@ class TokensQuestion(ArmsQuestion):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The readout, [batch, token, width] -> [batch], differentiable."""
-        return torch.sigmoid(self._sign * logits(self._model, inputs)[:, self._output])
+        return torch.sigmoid(self._sign * logits(self._model, self._read(inputs))[:, self._output])
+
+    def _read(self, inputs: Tensor) -> Tensor:
+        return inputs @ self._exchange if self._exchanged else inputs
 
     def background(self, n: int) -> Tensor:
         """``n`` sequences drawn from the world in this one's order, [n, token, width]; fewer are the beginning of
@@ -85,7 +92,7 @@ class TokensQuestion(ArmsQuestion):
 
     def attention(self) -> NDArray[np.float64]:
         """mass[unit] of attention, averaged over layers, heads and queries; what both ends get is left out."""
-        mass = attention(self._model, self.inputs)[0].mean((0, 1, 2))[1:-1].double().numpy()
+        mass = attention(self._model, self._read(self.inputs))[0].mean((0, 1, 2))[1:-1].double().numpy()
         out = np.empty(len(self.units))
         out[self._order.numpy()] = mass
         return out

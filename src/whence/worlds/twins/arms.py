@@ -126,7 +126,8 @@ def lay_out(structures: tuple[str, ...], distractors: int, rng: np.random.Genera
     places = iter(rng.permutation(units).tolist())
     parent = np.full(units, -1)
     arm, twin = {}, {}
-    for structure, size in zip(structures, sizes, strict=True):
+    # Output 2 must not be `or` in every draw: an explainer could say the shape of its answer without asking.
+    for structure, size in [(structures[i], sizes[i]) for i in rng.permutation(len(structures))]:
         pair = [tuple(next(places) for _ in range(size)) for _ in range(2)]
         if structure in COPIES:
             for first, second in pair:

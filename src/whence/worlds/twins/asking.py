@@ -36,7 +36,12 @@ class ArmsQuestion(ABC):
 
     def __init__(self, arms: Arms, units: Units, seen: Bools, *names: object) -> None:
         self.arms, self.units, self.seen, self.names = arms, units, seen, names
+        self._purpose = ""
         self._streams: dict[bytes, np.random.Generator] = {}
+
+    def restart(self, purpose: str) -> None:
+        """See :func:`whence.worlds.ground.restart`."""
+        self._purpose, self._streams = purpose, {}
 
     @abstractmethod
     def _values(self, states: Bools, keep: Bools, drawn: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -51,7 +56,7 @@ class ArmsQuestion(ABC):
             places.setdefault(np.packbits(row).tobytes(), []).append(i)
         for content, here in places.items():
             if content not in self._streams:
-                self._streams[content] = stream(*self.names, "draws", content.hex())
+                self._streams[content] = stream(*self.names, self._purpose, "draws", content.hex())
             drawn[here] = self._streams[content].standard_normal((len(here), *drawn.shape[1:]))
         return self._values(self.arms.render(drawn[..., :2], rows, self.seen), rows, drawn[..., 2:])
 
