@@ -250,7 +250,8 @@ def output_of(number: int, outcome: bool) -> Callable[[torch.Tensor], torch.Tens
 
 def test_the_sibling_is_the_same_net_with_the_two_colours_exchanged() -> None:
     known, net, _ = nets(KEYS[0], WORLD.structures)
-    for number, p in enumerate(drawn(KEYS[0]).planted):
+    for p in drawn(KEYS[0]).planted:
+        number = list(known.colours).index(p.structure)
         question: Any = p.question
         x = question.data.x[:, known.exchanged(p.structure)]
         painted = edge_question(

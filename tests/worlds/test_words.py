@@ -26,6 +26,14 @@ def test_every_structure_is_certified_on_the_embedded_model(draw: Draw) -> None:
     must_be_sound(WORLD, [draw])  # pictures are remembered: nothing new is drawn for this
 
 
+def test_nulls_are_the_idle_words_and_a_denoiser_that_never_learned() -> None:
+    idle, untrained = _propose("nulls", "single", 0).nulls
+    assert dict(idle.rows).keys() == set(TWINS)  # type: ignore[attr-defined]
+    assert untrained.untrained  # type: ignore[attr-defined]
+    learned, never = (words._model((), u).pipeline.unet.conv_in.weight for u in (False, True))
+    assert (learned != never).any()
+
+
 def test_certification_refuses_what_was_not_planted(draw: Draw) -> None:
     single = draw.planted[0]
     assert "planted were" in trouble(type(single)(**(vars(single) | {"arm": single.twin, "twin": single.arm})))

@@ -8,7 +8,8 @@ Certification asks the actual model, not the recipe. With *swap* (units put into
 common in the world as their own) and *ask* (units drawn anew), a question counts only if
 
 * the minimal sets of units whose swap ends the outcome are the planted ones, and no others, among arm and twin;
-* the minimal sets that keep the outcome, whatever the other units are drawn to be, are the planted ones;
+* the minimal sets that keep the outcome, whatever the other units are drawn to be, are the planted ones (in the mean,
+  whose 95 % interval lies above one half);
 * drawing everything outside the arm anew leaves the outcome as it is;
 * the sibling, the same input asked of the model with its roles swapped, says the same of the twin arm;
 * the nulls, models of the same build that learned nothing, do not move whatever is swapped.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ..question import Question
+from ..verdict import t_interval
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -202,7 +204,9 @@ def _trouble(p: Planted) -> str:
 def _keeps(question: Oracle, s: frozenset[int], seen: float) -> bool:
     draws = max(12, getattr(question, "repeats", DRAWS))
     keep = np.repeat(rows([s], len(question.units)), draws, 0)
-    return bool(question.ask(keep).mean() >= STAYS * seen)
+    values = question.ask(keep)
+    # On average, and beyond doubt more than ended.
+    return bool(values.mean() >= STAYS * seen and t_interval(values.tolist(), 0.05)[0] > ENDS)
 
 
 def _show(sets: Iterable[frozenset[int]]) -> str:

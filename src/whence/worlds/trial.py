@@ -218,14 +218,15 @@ def try_draw(
     advance: Callable[[], None] | None = None,
 ) -> DrawResult:
     """One explainer on one draw of a world: all its questions (of these structures; none: all)."""
-    tried = []
-    for planted in draw.planted:
-        if structures and planted.structure not in structures:
-            continue
-        tried.append(try_question(explain, planted, budget or Budget()))
+    asked = [p for p in draw.planted if not structures or p.structure in structures]
+    order = list(range(len(asked)))
+    SystemRandom().shuffle(order)  # nor does a place in the order tell the structure
+    tried = {}
+    for i in order:
+        tried[i] = try_question(explain, asked[i], budget or Budget())
         if advance:
             advance()
-    return DrawResult(draw.world, draw.key, tuple(tried))
+    return DrawResult(draw.world, draw.key, tuple(tried[i] for i in range(len(asked))))
 
 
 # --- floor and ceiling -----------------------------------------------------------------------------------------------

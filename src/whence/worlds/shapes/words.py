@@ -4,8 +4,9 @@ Units are the words that have an alternative in the world; articles and "of" are
 the picture by the oracle, at one and the same seed. `single`: one of two twin words draws the mark. `and`: one of two
 pairs draws the frame, both of its words together. `suppression`: both twins stand behind a "no", and the outcome is
 that there is no mark: one of the two "no"s stopped it. The sibling is the model with the embedding rows of the twins
-(and of the pairs) exchanged, so that every word has the other's role exactly; the null has the idle words' rows in
-their place, so that nothing draws anything. A question costs pictures, not microseconds: few draws per re-rendering.
+(and of the pairs) exchanged, so that every word has the other's role exactly. Of the nulls one has the idle words' rows
+in their place, so that nothing draws anything, and one has a denoiser that never learned. There is one model for all
+keys: a key draws prompt, seed and roles. A question costs pictures, not microseconds: few draws per re-rendering.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ...errors import RunError
 from ...units import Units
 from ..ground import Draw, Planted, trouble
 from . import oracle
-from .scenes import COLOURS, KEY, PAIRS, SHAPES, TWINS, framing_pair, marking_word
+from .scenes import COLOURS, KEY, PAIRS, SHAPES, TWINS, WORDS, framing_pair, marking_word
 from .trials import settings_of
 from .vocabulary import alternatives
 
@@ -34,12 +35,14 @@ TRIES = 12
 """Prompts tried for a certified question before the world gives up."""
 
 
-@lru_cache(maxsize=4)
-def _model(rows: tuple[tuple[str, str], ...]) -> Any:
-    """The embedded model with these words' embedding rows replaced: (word, whose row it gets)."""
+@lru_cache(maxsize=8)
+def _model(rows: tuple[tuple[str, str], ...], untrained: bool = False) -> Any:
+    """The embedded model with these words' embedding rows replaced: (word, whose row it gets); or one whose denoiser
+    never learned."""
     import torch
 
     from ...models.loading import load
+    from ...models.small_stable_diffusion import build_pipeline
     from . import model_directory
 
     adapter = load(model_directory())
@@ -49,7 +52,9 @@ def _model(rows: tuple[tuple[str, str], ...]) -> Any:
         was = table.clone()
         for word, other in rows:
             table[tokenizer(word).input_ids[1]] = was[tokenizer(other).input_ids[1]]
-    adapter.name = "shapes, roles changed" if rows else "shapes"
+    if untrained:
+        adapter.pipeline.unet.load_state_dict(build_pipeline(WORDS, seed=1).unet.state_dict())
+    adapter.name = "shapes, untrained" if untrained else "shapes, roles changed" if rows else "shapes"
     return adapter
 
 
@@ -65,6 +70,7 @@ class PictureQuestion:
     seed: int
     part: str
     rows: tuple[tuple[str, str], ...]
+    untrained: bool = False
     repeats: int = 4
 
     def __post_init__(self) -> None:
@@ -100,7 +106,7 @@ class PictureQuestion:
         return self._read([self.prompt])[0]
 
     def _read(self, prompts: list[str]) -> list[bool]:
-        model = _model(self.rows)
+        model = _model(self.rows, self.untrained)
         new = list(dict.fromkeys(p for p in prompts if p not in self._known))
         for i in range(0, len(new), BATCH):
             batch = new[i : i + BATCH]
@@ -205,7 +211,7 @@ def _propose(key: str, structure: str, attempt: int) -> Planted:
         arm=arm_of(acting),
         twin=arm_of(idling),
         sibling=PictureQuestion(prompt, seed, part, second),
-        nulls=(PictureQuestion(prompt, seed, part, null),),
+        nulls=(PictureQuestion(prompt, seed, part, null), PictureQuestion(prompt, seed, part, (), untrained=True)),
     )
 
 
