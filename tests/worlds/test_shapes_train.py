@@ -2,12 +2,14 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import whence
 from whence.errors import RunError
+from whence.worlds.shapes import model_directory
 from whence.worlds.shapes import train as training
 from whence.worlds.shapes.scenes import WORDS
 
@@ -19,6 +21,12 @@ TINY = training.Training(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return training.train(tmp_path_factory.mktemp("whole"), TINY, log=io.StringIO())
+
+
+def test_no_folder_of_the_training_machine_is_left_in_it(finished):
+    for model in (finished, model_directory()):
+        for path in Path(model).rglob("*.json"):
+            assert "_name_or_path" not in path.read_text(encoding="utf8"), path
 
 
 def weights(pipeline):
