@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from whence.engine.prompts import split_words
 from whence.worlds.ground import Draw, rows, trouble
-from whence.worlds.registry import must_be_sound, shortcuts
+from whence.worlds.registry import shortcuts
 from whence.worlds.shapes import words
 from whence.worlds.shapes.scenes import PAIRS, TWINS
 from whence.worlds.shapes.vocabulary import alternatives
@@ -23,7 +22,8 @@ def draw() -> Draw:
 
 def test_every_structure_is_certified_on_the_embedded_model(draw: Draw) -> None:
     assert [p.structure for p in draw.planted] == list(WORLD.structures)
-    must_be_sound(WORLD, [draw])  # pictures are remembered: nothing new is drawn for this
+    for planted in draw.planted:  # `draw` has certified them; here that they are what they are called
+        assert not trouble(planted) if planted.structure == "single" else len(planted.ends) == 2
 
 
 def test_nulls_are_the_idle_words_and_a_denoiser_that_never_learned() -> None:
@@ -51,13 +51,6 @@ def test_arm_and_twin_are_words_of_one_kind(structure: str) -> None:
         assert [k in PAIRS for k in kinds[0]] == [k in PAIRS for k in kinds[1]]
         assert [k == TWINS for k in kinds[0]] == [k == TWINS for k in kinds[1]]
         assert not set(p.arm) & set(p.twin)
-
-
-def test_a_stopping_word_is_the_one_before_its_twin() -> None:
-    p = _propose("stop", "suppression", 0)
-    places = [p.question.units.members[i][0][0] for i in p.arm]
-    assert split_words(p.question.prompt)[places[1]] == "no"
-    assert places[1] == places[0] - 1
 
 
 def test_scorers_without_the_model_are_at_chance() -> None:

@@ -37,8 +37,8 @@ CARD = Card(
     claim="The token that decides the outcome gets more attention than its twin that does nothing.",
     falsifier={
         "status": "not shown",
-        "reason": "on two draws of the world tokens it found every single cause (AUC 1.0) and missed either-or; its "
-        "trial on enough draws takes many minutes and has not been run",
+        "reason": "over 20 draws of the world tokens the token that decides gets more attention less often than "
+        "expected, what it foretells of effects is poor, and it names causes in models that learned nothing",
         "trial": "tokens.single",
         "planted": "a keyed coin made one of two twin tokens decide the outcome; certified on the model by swaps",
         "expect": 0.9,

@@ -1,8 +1,10 @@
 """The liars' gallery: explainers that look right and are not. A trial that one of them passes proves nothing.
 
 Each liar cheats in a way that a published comparison has let through: by knowing the published worlds by heart, by
-reading the input and never the model, by choosing among many maps the one that the metric likes. The trial must place
-every one of them below every honest method on fresh draws (``tests/worlds/test_liars.py``).
+reading the input and never the model, by choosing among many maps the one that the metric likes. The
+trial must place every one of them below honest methods on fresh draws (``tests/worlds/test_liars.py``), by its AUC and
+by the effects that it foretells. Choosing by real re-renderings does find a single cause: the chooser is below by what
+it foretells alone. Attention mass, which needs a model with attention, is a method of its own, tried as all are.
 """
 
 from __future__ import annotations

@@ -2,11 +2,14 @@
 
 Units are the words that have an alternative in the world; articles and "of" are no candidates. The outcome is read from
 the picture by the oracle, at one and the same seed. `single`: one of two twin words draws the mark. `and`: one of two
-pairs draws the frame, both of its words together. `suppression`: both twins stand behind a "no", and the outcome is
-that there is no mark: one of the two "no"s stopped it. The sibling is the model with the embedding rows of the twins
-(and of the pairs) exchanged, so that every word has the other's role exactly. Of the nulls one has the idle words' rows
-in their place, so that nothing draws anything, and one has a denoiser that never learned. There is one model for all
-keys: a key draws prompt, seed and roles. A question costs pictures, not microseconds: few draws per re-rendering.
+pairs draws the frame, both of its words together. The sibling is the model with the embedding rows of the twins (and of
+the pairs) exchanged, so that every word has the other's role exactly. Of the nulls one has the idle words' rows in
+their place, so that nothing draws anything, and one has a denoiser that never learned. There is one model for all keys:
+a key draws prompt, seed and roles. A question costs pictures, not microseconds: few draws per re-rendering.
+
+"no" before a twin stops it, but with both twins behind a "no" of their own the model does not keep them apart: in none
+of five tries did taking one "no" away bring back the mark of the twin that it stood before. So there is no
+`suppression`.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ class PictureQuestion:
     def _others(self, word: str) -> tuple[str, ...]:
         # A pair's word must not bring in the other pair's partner, which stands in the same prompt.
         idle = TWINS if self.part == "frame" else PAIRS[0] + PAIRS[1]
-        return idle if word in ("no", *TWINS, *PAIRS[0], *PAIRS[1]) else alternatives(word)
+        return idle if word in (*TWINS, *PAIRS[0], *PAIRS[1]) else alternatives(word)
 
     @cached_property
     def units(self) -> Units:
@@ -111,7 +114,8 @@ class PictureQuestion:
         for i in range(0, len(new), BATCH):
             batch = new[i : i + BATCH]
             for prompt, run in zip(batch, model.generate_many([settings_of(p, self.seed) for p in batch]), strict=True):
-                self._known[prompt] = getattr(oracle.read(run.images[0]), self.part) is not None
+                seen = oracle.read(run.images[0])
+                self._known[prompt] = seen.frame if self.part == "frame" else seen.mark is not None
         return [self._known[p] for p in prompts]
 
     def _value(self, prompts: list[str]) -> NDArray[np.float64]:
@@ -154,7 +158,7 @@ class Words:
     """The world. Slow: a question costs pictures."""
 
     name: str = "words"
-    structures: tuple[str, ...] = ("single", "and", "suppression")
+    structures: tuple[str, ...] = ("single", "and")
 
     def draw(self, key: str) -> Draw:
         """One certified question for each structure. Raises RunError where the model obeys too rarely."""
@@ -190,8 +194,7 @@ def _propose(key: str, structure: str, attempt: int) -> Planted:
     roles = _exchanged(*zip(real, decoy, strict=True))
     null = tuple((w, idle) for w in (*real, *decoy))
     arms = [real, decoy] if rng.integers(2) else [decoy, real]
-    stopped = structure == "suppression"
-    fillers = " ".join(f"no {w}" if stopped else w for arm in arms for w in arm)
+    fillers = " ".join(w for arm in arms for w in arm)
     prompt = f"{fillers} {body}" if rng.integers(2) else f"{body} {fillers}"
     seed = int(rng.integers(2**31))
     # The key's coin: is it the shipped model that is asked first, or the one with its roles changed?
@@ -200,16 +203,12 @@ def _propose(key: str, structure: str, attempt: int) -> Planted:
     question = PictureQuestion(prompt, seed, part, first)
     acting, idling = (real, decoy) if not first else (decoy, real)
 
-    def arm_of(words: tuple[str, ...]) -> tuple[int, ...]:
-        places = tuple(map(question.units.find, words))
-        return tuple(i for place in places for i in (place, place - 1)) if stopped else places  # its "no" is before it
-
     return Planted(
         name=f"words/{key}/{structure}/{attempt}",
         structure=structure,
         question=question,
-        arm=arm_of(acting),
-        twin=arm_of(idling),
+        arm=tuple(map(question.units.find, acting)),
+        twin=tuple(map(question.units.find, idling)),
         sibling=PictureQuestion(prompt, seed, part, second),
         nulls=(PictureQuestion(prompt, seed, part, null), PictureQuestion(prompt, seed, part, (), untrained=True)),
     )
