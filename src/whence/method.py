@@ -76,8 +76,10 @@ def card_of(name: str) -> Card:
 
 
 def maps_pictures(card: Card) -> bool:
-    """Whether the method maps the words of a picture (others score the units of a Question)."""
-    return any(need.startswith(("cross-attention", "joint-attention", "generate")) for need in card.needs)
+    """Whether the method maps the words of a picture (others score the units of a Question, or judge explanations)."""
+    return not card.module.startswith("whence.checks") and any(
+        need.startswith(("cross-attention", "joint-attention", "generate")) for need in card.needs
+    )
 
 
 def load(name: str) -> Any:

@@ -320,3 +320,14 @@ def test_prove_prints_what_was_found_and_records_it(
     printed = whence_says(capsys, "prove")[1]
     assert "0.600 shuffled" in printed
     assert "its falsifier is a test" in printed
+
+
+def test_a_method_that_maps_no_pictures_is_refused_before_any_picture_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whence.verbs.load", lambda *_, **__: pytest.fail("loaded"))
+    for name, found in (("saliency", "maps no pictures"), ("swap", "a check")):
+        said = refused(capsys, tmp_path, "explain", "--prompt", "a red circle", "--by", name)
+        assert found in said
+        assert "concept_attention, daam, leave_one_out" in said
+        assert "leave_one_out, swap" not in said
