@@ -167,10 +167,12 @@ def try_explainer(
     journal: Journal | None = None,
     advance: Advance | None = None,
     version: str = "",
+    asked_of: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One explainer's row on draws of a world: AUC on one structure with its verdict, the controls on the same
     questions, and the panel of all metrics for all structures. ``version``: of an explainer or world outside this
-    package, so that a journal does not take the work of another one for its own."""
+    package, so that a journal does not take the work of another one for its own. ``asked_of``: structures in the panel
+    (none: all)."""
     import numpy as np
 
     from .question import Budget
@@ -190,7 +192,7 @@ def try_explainer(
     if structure not in world.structures:
         return row | {"word": "not shown", "reason": f"the world {world.name} has no structure {structure!r}"}
     began = time.perf_counter()
-    results = _results(name, explain, draws, limits, journal=journal, advance=advance, version=version)
+    results = _results(name, explain, draws, limits, asked_of, journal=journal, advance=advance, version=version)
     seconds = time.perf_counter() - began
     reasons = sorted({reason for r in results for t in r.tried for reason in t.reasons})
     asked = [t for r in results for t in r.tried]
@@ -304,7 +306,7 @@ def _rows(
     """The row of one method, or those of a world's bounds."""
     ground, journal = opened
     if name.startswith(BOUNDS):
-        return _bounds(name.removeprefix(BOUNDS), ground, journal, advance)
+        return _bounds(name.removeprefix(BOUNDS), ground, journal, advance, trials.full)
     if ".py:" in name or trials.world or asks_questions(card_of(name)):
         return [_on_questions(name, trials.world, ground, journal, advance)]
     if model is None:
@@ -429,8 +431,11 @@ def _version(*specs: str) -> str:
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()[:16] if files else ""
 
 
-def _bounds(name: str, ground: Ground, journal: Journal | None, advance: Advance | None) -> list[dict[str, Any]]:
-    """Brute force, the ceiling, and random scores, the floor, on one world."""
+def _bounds(
+    name: str, ground: Ground, journal: Journal | None, advance: Advance | None, full: bool
+) -> list[dict[str, Any]]:
+    """Brute force, the ceiling, and random scores, the floor, on one world; unless ``full`` on its first structure
+    alone, as brute force asks the model some ten thousand times a question."""
     from .question import Budget
     from .worlds import trial
 
@@ -446,7 +451,10 @@ def _bounds(name: str, ground: Ground, journal: Journal | None, advance: Advance
     for label, explain, budget, bound in ends:
         if advance:
             advance(0, f"{label} on {name}")
-        row = try_explainer(label, explain, world, draws, structure=world.structures[0], budget=budget, journal=journal)
+        row = try_explainer(
+            label, explain, world, draws, structure=world.structures[0], budget=budget, journal=journal,
+            version=_version(name), asked_of=() if full else world.structures[:1],
+        )  # fmt: skip
         rows.append(row | {"method": f"{label} on {world.name}", "bound": bound})
     return rows
 
