@@ -1,0 +1,41 @@
+"""Two-sided random projection of a layer's gradient: the matrix G [out, in] becomes P_out' G P_in, d_out x d_in.
+
+Entries are +-1/sqrt(d) (Rademacher), so that inner products are kept in expectation. A side that is not larger than
+its target stays as it is. Nothing is stored: a projection is its size and its seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .randomness import torch_stream
+
+
+@dataclass(frozen=True)
+class Projection:
+    """``size``: numbers per side; ``sizes``: other ones for some layers, (out, in) by layer name."""
+
+    size: int = 16
+    seed: int = 0
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def target(self, layer: str, out: int, inp: int) -> tuple[int, int]:
+        """What a gradient of [out, in] becomes."""
+        want = self.sizes.get(layer, (self.size, self.size))
+        return min(out, want[0]), min(inp, want[1])
+
+    def side(self, layer: str, which: str, full: int, kept: int) -> Tensor | None:
+        """[full, kept] of one side, "out" or "in"; None where the side stays as it is."""
+        if kept >= full:
+            return None
+        g = torch_stream("projection", self.seed, layer, which)
+        signs = torch.randint(0, 2, (full, kept), generator=g, dtype=torch.int8)
+        return (signs.float() * 2 - 1) / kept**0.5
+
+    def record(self) -> dict[str, Any]:
+        """For an index's manifest."""
+        return asdict(self)
