@@ -34,7 +34,8 @@ class Projection:
             return None
         g = torch_stream("projection", self.seed, layer, which)
         signs = torch.randint(0, 2, (full, kept), generator=g, dtype=torch.int8)
-        return (signs.float() * 2 - 1) / kept**0.5
+        side: Tensor = (signs.float() * 2 - 1) / kept**0.5
+        return side
 
     def record(self) -> dict[str, Any]:
         """For an index's manifest."""

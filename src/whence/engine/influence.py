@@ -1,0 +1,341 @@
+"""What the methods of the room `influence` have in common: one pass over the examples, codes on a shelf, a query.
+
+A method gives a :class:`Scheme`: what it keeps of an example's gradient, and how a query's gradient is held against
+it. Influences are of the loss: the score of example i for query q is g_q' C^-1 g_i, positive where training on i made
+the query's output more likely.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import RunError
+from ..explanation import Cost, Explanation
+from ..objective import Examples, Objective
+from ..units import Units
+from .gradients import GradientBank
+from .progress import progress
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Codes = NDArray[np.uint8]
+
+KIND = "training example"
+BATCH = 16
+BLOCK = 16_384
+"""Rows of a shelf that are scored at once."""
+
+
+class Shelf(Protocol):
+    """A place for rows of fixed length, one for each example, in named planes."""
+
+    @property
+    def done(self) -> int:
+        """Examples that are kept: where a stopped pass goes on."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, NDArray[Any]]: ...
+
+    def append(self, planes: Mapping[str, Codes]) -> None: ...
+
+    def keep(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        """Keep what was learned over all examples beside the rows."""
+        ...
+
+    def blocks(self, plane: str, rows: int = BLOCK) -> Iterator[tuple[int, Codes]]:
+        """(number of the first row, codes [row, stride])."""
+        ...
+
+    def rows(self, plane: str, numbers: NDArray[np.int64]) -> Codes: ...
+
+
+class Memory:
+    """A shelf in memory."""
+
+    def __init__(self) -> None:
+        self._planes: dict[str, list[Codes]] = {}
+        self._whole: dict[str, Codes] = {}
+        self.tensors: dict[str, NDArray[Any]] = {}
+        self.done = 0
+
+    def append(self, planes: Mapping[str, Codes]) -> None:
+        for name, codes in planes.items():
+            self._planes.setdefault(name, []).append(codes)
+        self.done += len(next(iter(planes.values())))
+
+    def keep(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        self.tensors |= dict(tensors)
+
+    def _plane(self, name: str) -> Codes:
+        parts = self._planes.get(name, [])
+        if len(parts) > 1:
+            self._planes[name] = [np.concatenate(parts)]
+        return self._planes[name][0]
+
+    def blocks(self, plane: str, rows: int = BLOCK) -> Iterator[tuple[int, Codes]]:
+        codes = self._plane(plane)
+        for start in range(0, len(codes), rows):
+            yield start, codes[start : start + rows]
+
+    def rows(self, plane: str, numbers: NDArray[np.int64]) -> Codes:
+        return np.asarray(self._plane(plane)[numbers])
+
+
+class Scheme(Protocol):
+    """What a method keeps of gradients and how it scores them. Stateless but for what ``learn`` and ``finish`` set;
+    ``tensors`` and ``restore`` carry that to another process."""
+
+    sample: int
+    """Examples whose gradients ``learn`` wants to see before the pass; 0: none."""
+
+    def learn(self, gradients: Mapping[str, Tensor]) -> None:
+        """See a sample's gradients, layer -> [example, out, in]."""
+
+    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, Codes]:
+        """The rows that are kept of these examples, plane -> [example, stride]."""
+
+    def finish(self, shelf: Shelf) -> None:
+        """Learn what needs all examples, from what was kept."""
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All that was learned."""
+
+    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None: ...
+
+    def prepare(self, gradients: Mapping[str, Tensor]) -> Any:
+        """A query's side of the score, for gradients [query, out, in] of each layer."""
+
+    def score(self, prepared: Any, shelf: Shelf) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(number of the first row, score[query, row]) over all rows of the shelf."""
+
+
+def batches(examples: Examples, start: int = 0, stop: int | None = None, batch: int = BATCH) -> Iterator[list[Any]]:
+    """The examples in their order, in lists of at most ``batch``."""
+    stop = len(examples) if stop is None else stop
+    for at in range(start, stop, batch):
+        yield [examples[i] for i in range(at, min(at + batch, stop))]
+
+
+@dataclass
+class Skipped:
+    """Examples whose gradients were not finite: number -> label. Their rows are nothing, and they are named."""
+
+    numbers: list[int] = field(default_factory=list)
+
+
+def finite(gradients: Mapping[str, Tensor], first: int, skipped: Skipped) -> dict[str, Tensor]:
+    """The gradients with those of examples that are not finite set to nothing, and these noted."""
+    n = len(next(iter(gradients.values())))
+    good = torch.ones(n, dtype=torch.bool)
+    for g in gradients.values():
+        good &= torch.isfinite(g.flatten(1)).all(1).cpu()
+    if bool(good.all()):
+        return dict(gradients)
+    skipped.numbers += [first + int(i) for i in (~good).nonzero()[:, 0]]
+    return {
+        name: torch.where(good.to(g.device)[:, None, None], g, torch.zeros_like(g)) for name, g in gradients.items()
+    }
+
+
+def spread(examples: Examples, n: int) -> list[Any]:
+    """``n`` examples at equal distances over all of them."""
+    if n >= len(examples):
+        return [examples[i] for i in range(len(examples))]
+    return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, n).round()]
+
+
+def build(
+    scheme: Scheme, bank: GradientBank, examples: Examples, shelf: Shelf, batch: int = BATCH, what: str = "gradients"
+) -> Skipped:
+    """One pass over the examples (and one over a sample before it, where the scheme wants that), from where the shelf
+    stopped. Raises RunError for no example, or none with finite gradients."""
+    if not len(examples):
+        raise RunError("training examples", "there is none", "one or more")
+    skipped = Skipped()
+    if "skipped" in shelf.tensors:
+        skipped.numbers = shelf.tensors["skipped"].tolist()
+    if scheme.sample:
+        kept = {k: v for k, v in shelf.tensors.items() if k.startswith("learned/")}
+        if kept:
+            scheme.restore({k.removeprefix("learned/"): v for k, v in kept.items()})
+        else:
+            seen: dict[str, list[Tensor]] = {}
+            chosen = spread(examples, scheme.sample)
+            with progress("a sample", total=len(chosen), unit="examples") as advance:
+                for at in range(0, len(chosen), batch):
+                    good = finite(bank.gradients(chosen[at : at + batch]), 0, Skipped())
+                    for name, g in good.items():
+                        seen.setdefault(name, []).append(g.cpu())
+                    advance(len(chosen[at : at + batch]))
+            scheme.learn({name: torch.cat(parts) for name, parts in seen.items()})
+            shelf.keep({f"learned/{k}": v for k, v in scheme.tensors().items()})
+    with progress(what, total=len(examples), done=shelf.done, unit="examples") as advance:
+        for part in batches(examples, shelf.done, batch=batch):
+            gradients = finite(bank.gradients(part), shelf.done, skipped)
+            shelf.append(scheme.encode(gradients))
+            advance(len(part))
+    if len(skipped.numbers) == len(examples):
+        raise RunError(
+            "gradients of the examples", "none of them is finite", "examples and weights without NaN, a loss in float32"
+        )
+    scheme.finish(shelf)
+    shelf.keep(
+        {"skipped": np.asarray(skipped.numbers, np.int64)} | {f"learned/{k}": v for k, v in scheme.tensors().items()}
+    )
+    return skipped
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A method after its pass over the examples; ``explain`` answers queries."""
+
+    method: str
+    settings: dict[str, Any]
+    scheme: Scheme
+    bank: GradientBank
+    examples: Examples
+    shelf: Shelf
+    seconds: float
+    skipped: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def prepare(self, queries: Sequence[Any], batch: int = BATCH) -> Any:
+        """The queries' side of the scores. Raises RunError where a query's gradient is not finite."""
+        parts: dict[str, list[Tensor]] = {}
+        wrong = Skipped()
+        for at in range(0, len(queries), batch):
+            part = finite(self.bank.gradients(list(queries[at : at + batch])), at, wrong)
+            for name, g in part.items():
+                parts.setdefault(name, []).append(g)
+        if wrong.numbers:
+            raise RunError(f"the query {wrong.numbers[0]}", "its gradient is not finite", "a query with a finite loss")
+        return self.scheme.prepare({name: torch.cat(gs) for name, gs in parts.items()})
+
+    def scores(self, queries: Sequence[Any]) -> NDArray[np.float32]:
+        """score[query, example], larger where the example made the query's output more likely."""
+        blocks = [part for _, part in self.scheme.score(self.prepare(queries), self.shelf)]
+        return np.concatenate(blocks, 1)
+
+    def explain(self, query: Any) -> Explanation:
+        """Scores of all examples for one query."""
+        began = time.monotonic()
+        scores = self.scores([query])[0]
+        return explanation_of(self.method, self.settings, self.examples, scores, time.monotonic() - began, self.notes)
+
+
+def units_of(examples: Examples, numbers: Sequence[int] | None = None) -> Units:
+    """The examples as units; two of one label are told apart."""
+    chosen = range(len(examples)) if numbers is None else numbers
+    names = tuple(examples.label(int(i)) for i in chosen)
+    times: dict[str, int] = {}
+    occurrence = []
+    for name in names:
+        times[name] = times.get(name, 0) + 1
+        occurrence.append(times[name])
+    return Units(KIND, names, tuple(((int(i),),) for i in chosen), tuple(occurrence))
+
+
+def explanation_of(
+    method: str, settings: dict[str, Any], examples: Examples, scores: NDArray[Any], seconds: float,
+    notes: tuple[str, ...] = (),
+) -> Explanation:  # fmt: skip
+    """An Explanation of all examples."""
+    return Explanation(
+        method=method, units=units_of(examples), scores=np.asarray(scores, np.float32), axes=(KIND,),
+        readout="how much more likely training on the example made the output (a first-order estimate)",
+        kind="influence", settings=settings, cost=Cost(1, seconds), notes=notes,
+    )  # fmt: skip
+
+
+def bank_of(objective: Objective, examples: Examples, layers: tuple[str, ...] | None, projection: Any) -> GradientBank:
+    """The bank of a fit: layers that cannot be trusted left out, timesteps brought to one size where there are any."""
+    bank = GradientBank(objective, layers, projection)
+    bank.check(examples[0], drop=True)
+    bank.learn_stages(spread(examples, 32))
+    return bank
+
+
+def fit(
+    method: Any, name: str, make: Callable[[dict[str, tuple[int, int]]], Scheme], objective: Objective,
+    examples: Examples, shelf: Shelf | None,
+    projection: Any, layers: tuple[str, ...] | None = None,
+) -> Fitted:  # fmt: skip
+    """Build a scheme's shelf (in memory, unless one is given) and return what answers queries. ``make``: the scheme
+    for gradients of these shapes."""
+    began = time.monotonic()
+    if not len(examples):
+        raise RunError("training examples", "there is none", "one or more")
+    shelf = Memory() if shelf is None else shelf
+    bank = bank_of(objective, examples, layers, projection)
+    scheme = make(bank.shapes)
+    skipped = build(scheme, bank, examples, shelf)
+    notes = []
+    if bank.coverage < 1:
+        notes.append(f"{bank.coverage:.0%} of the trained weights are covered; not: {', '.join(bank.uncovered)}")
+    if skipped.numbers:
+        named = ", ".join(examples.label(i) for i in skipped.numbers[:5])
+        notes.append(f"{len(skipped.numbers)} examples have gradients that are not finite and score 0: {named}")
+    return Fitted(
+        name, asdict(method), scheme, bank, examples, shelf, time.monotonic() - began, tuple(skipped.numbers),
+        tuple(notes),
+    )  # fmt: skip
+
+
+# -- rows of numbers ----------------------------------------------------------------------------------------------
+
+
+def flat(gradients: Mapping[str, Tensor]) -> Tensor:
+    """[example, all layers' numbers side by side], float32 on the CPU."""
+    return torch.cat([g.detach().flatten(1).float().cpu() for g in gradients.values()], 1)
+
+
+def split(rows: Tensor, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Back to layer -> [example, out, in]."""
+    parts = torch.split(rows, [a * b for a, b in shapes.values()], 1)
+    return {name: p.view(len(p), *shape) for (name, shape), p in zip(shapes.items(), parts, strict=True)}
+
+
+def half(rows: Tensor) -> Codes:
+    """float16 with a float32 scale for each row: gradients may be smaller than what float16 can hold."""
+    scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    codes = (rows / scale).half().numpy().view(np.uint8)
+    return np.concatenate([scale.numpy().view(np.uint8), codes], 1)
+
+
+def unhalf(codes: Codes) -> Tensor:
+    """float32 rows of :func:`half`."""
+    scale = torch.from_numpy(codes[:, :4].copy().view(np.float32))
+    return torch.from_numpy(np.ascontiguousarray(codes[:, 4:]).view(np.float16)).float() * scale
+
+
+def eighth(rows: Tensor, groups: Sequence[int]) -> Codes:
+    """int8 with a float32 scale for each row and group of columns (a layer)."""
+    parts = torch.split(rows, list(groups), 1)
+    scales = torch.stack([p.abs().amax(1) for p in parts], 1).clamp_min(1e-30) / 127
+    codes = torch.cat([(p / s[:, None]).round().to(torch.int8) for p, s in zip(parts, scales.T, strict=True)], 1)
+    return np.concatenate([scales.numpy().view(np.uint8), codes.numpy().view(np.uint8)], 1)
+
+
+def uneighth(codes: Codes, groups: Sequence[int]) -> Tensor:
+    """float32 rows of :func:`eighth`."""
+    head = 4 * len(groups)
+    scales = torch.from_numpy(codes[:, :head].copy().view(np.float32))
+    whole = torch.from_numpy(np.ascontiguousarray(codes[:, head:]).view(np.int8)).float()
+    return whole * scales.repeat_interleave(torch.tensor(groups), 1)
+
+
+def dense_score(
+    query: Tensor, shelf: Shelf, plane: str, decode: Callable[[Codes], Tensor]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Inner products of queries [query, width] with decoded rows [row, width]."""
+    for start, codes in shelf.blocks(plane):
+        yield start, (query @ decode(codes).T).numpy()
