@@ -180,12 +180,17 @@ class GradientBank:
         with torch.enable_grad():
             loss = self.objective.losses([example]).values.sum()
         wrong: list[tuple[Layer, float, float]] = []
+        owned: dict[str, list[Tensor]] = {}
         for layer in self.layers:
             module: Any = self.modules[layer.name]
-            own = [module.weight] + ([module.bias] if layer.bias else [])
-            grads = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
+            owned[layer.name] = [module.weight] + ([module.bias] if layer.bias else [])
+        every = [p for ps in owned.values() for p in ps]
+        grads = iter(torch.autograd.grad(loss, every, allow_unused=True))
+        for layer in self.layers:
             with torch.no_grad():
-                weight, *bias = (torch.zeros_like(p) if g is None else g for p, g in zip(own, grads, strict=True))
+                weight, *bias = (
+                    torch.zeros_like(p) if g is None else g for p, g in zip(owned[layer.name], grads, strict=False)
+                )
                 weight = weight.T if layer.kind == "transposed" else weight.reshape(len(weight), -1)
                 true = torch.cat([weight, *(b[:, None] for b in bias)], 1)
                 p_out, p_in = self._side(layer, true)
@@ -425,8 +430,12 @@ class GradientBank:
                 self._inputs(layer, name, a, found), self._outputs(layer, g, found), module.groups, layer.bias
             )
         else:
-            a, g = self._inputs(layer, name, a, found), self._outputs(layer, g, found)
+            g = self._outputs(layer, g, found)
             g = g if p_out is None else g @ p_out
+            if p_in is not None and kind == "convolution":
+                # Projecting what each place looked at is itself a convolution: nothing is unfolded.
+                return g.transpose(1, 2) @ _projected_windows(a, module, p_in, layer.bias)
+            a = self._inputs(layer, name, a, found)
             a = a if p_in is None else a @ p_in
             return g.transpose(1, 2) @ a
         full = full if p_out is None else p_out.T @ full
@@ -481,6 +490,15 @@ def _windows(x: Tensor, module: Any) -> Tensor:
     # [row, channel, *place, *kernel] -> [row, *place, channel, *kernel]
     x = x.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
     return x.flatten(1 + dims).flatten(1, dims)
+
+
+def _projected_windows(x: Tensor, module: Any, p_in: Tensor, bias: bool) -> Tensor:
+    """:func:`_windows` (and a one for the bias) times p_in: [row, place, number]."""
+    conv = (functional.conv1d, functional.conv2d, functional.conv3d)[len(module.kernel_size) - 1]
+    own = p_in[:-1] if bias else p_in
+    kernel = own.T.reshape(-1, x.shape[1], *module.kernel_size)
+    seen = conv(x, kernel, p_in[-1] if bias else None, module.stride, module.padding, module.dilation)
+    return seen.flatten(2).transpose(1, 2)
 
 
 def _grouped(a: Tensor, g: Tensor, groups: int, bias: bool) -> Tensor:

@@ -194,15 +194,15 @@ def _factors(g: Tensor, c: int) -> tuple[Tensor, Tensor]:
     v = torch.randn(g.shape[2], c, generator=torch_stream("power iteration", g.shape[2], c)).expand(len(g), -1, -1)
     for _ in range(8 if c == 1 else 16):
         v = _orthonormal(g.transpose(1, 2) @ _orthonormal(g @ v))
-    u: Tensor = g @ v
-    return u, v
+    return g @ v, v
 
 
 def _orthonormal(x: Tensor) -> Tensor:
     import torch
 
     if x.shape[2] == 1:
-        return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-30)
+        unit: Tensor = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-30)
+        return unit
     q: Tensor = torch.linalg.qr(x)[0]
     return q
 
