@@ -120,6 +120,25 @@ def truncated(
     return (basis @ vectors.flip(1))[:, :rank].float(), s[:rank].float()
 
 
+def factor_bases(bank: GradientBank, examples: Sequence[Any], batch: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """(Q_S [out, out], Q_A [in, in]) of each layer that has factors, columns by falling eigenvalue, over examples with
+    their own targets."""
+    s_sum: dict[str, Any] = {}
+    a_sum: dict[str, Any] = {}
+    with progress("projection", total=len(examples), unit="examples") as advance:
+        for at in range(0, len(examples), batch):
+            for layer, a, g in bank.factors(examples[at : at + batch]):
+                a, g = a.flatten(0, 1), g.flatten(0, 1)
+                if bool(torch.isfinite(g).all()) and bool(torch.isfinite(a).all()):
+                    a_sum[layer.name] = a_sum.get(layer.name, 0) + (a.T @ a).double().cpu()
+                    s_sum[layer.name] = s_sum.get(layer.name, 0) + (g.T @ g).double().cpu()
+            advance(len(examples[at : at + batch]))
+    return {
+        name: (torch.linalg.eigh(s)[1].flip(1).float(), torch.linalg.eigh(a_sum[name])[1].flip(1).float())
+        for name, s in s_sum.items()
+    }
+
+
 class KroneckerFisher:
     """Eigenvalue-corrected Kronecker-factored curvature of a bank's layers, fitted on examples.
 

@@ -105,8 +105,10 @@ class GradientBank:
         missed: dict[str, int] = {}
         seen: set[int] = set()
         owner: dict[int, Layer] = {}
+        # A model that is held still as a whole was frozen by its loader; one frozen in part was trained in part.
+        still = not any(p.requires_grad for p in objective.module.parameters())
         for name, module in objective.module.named_modules():
-            every = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            every = [p for p in module.parameters(recurse=False) if p.requires_grad or still]
             own = [p for p in every if id(p) not in seen]
             if not every:
                 continue
@@ -177,15 +179,22 @@ class GradientBank:
         scale, self.stage_scale = self.stage_scale, None
         given = self._gradients([example], self.objective.losses)
         self.stage_scale = scale
-        with torch.enable_grad():
-            loss = self.objective.losses([example]).values.sum()
-        wrong: list[tuple[Layer, float, float]] = []
         owned: dict[str, list[Tensor]] = {}
         for layer in self.layers:
             module: Any = self.modules[layer.name]
             owned[layer.name] = [module.weight] + ([module.bias] if layer.bias else [])
         every = [p for ps in owned.values() for p in ps]
-        grads = iter(torch.autograd.grad(loss, every, allow_unused=True))
+        flags = [(p, p.requires_grad) for p in self.objective.module.parameters()]
+        try:
+            for p, _ in flags:
+                p.requires_grad_(True)
+            with torch.enable_grad():
+                loss = self.objective.losses([example]).values.sum()
+            grads = iter(torch.autograd.grad(loss, every, allow_unused=True))
+        finally:
+            for p, was in flags:
+                p.requires_grad_(was)
+        wrong: list[tuple[Layer, float, float]] = []
         for layer in self.layers:
             with torch.no_grad():
                 weight, *bias = (

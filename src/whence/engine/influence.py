@@ -22,6 +22,7 @@ from ..objective import Examples, Objective
 from ..units import Units
 from .gradients import GradientBank
 from .progress import progress
+from .project import EigenProjection, Projection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 KIND = "training example"
 BATCH = 16
+SAMPLE = 256
+"""Examples that a projection's eigenvectors are learned from."""
 BLOCK = 16_384
 """Rows of a shelf that are scored at once."""
 
@@ -256,6 +259,32 @@ def explanation_of(
     )  # fmt: skip
 
 
+def projection_of(
+    init: str, size: int, seed: int, objective: Objective, examples: Examples, layers: tuple[str, ...] | None,
+    shelf: Shelf,
+) -> Projection | EigenProjection:  # fmt: skip
+    """The projection of a fit. ``init``: "random", or "pca": the leading eigenvectors of what goes into each layer and
+    of what comes back, over a sample of :data:`SAMPLE` examples; kept on the shelf, as a query needs it again."""
+    if init == "random":
+        return Projection(size, seed)
+    if init != "pca":
+        raise RunError(f"a projection by {init!r}", "no such projection", "pca, random")
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, value in shelf.tensors.items():
+        if key.startswith("projection/"):
+            name, side = key.removeprefix("projection/").rsplit("/", 1)
+            sides.setdefault(name, {})[side] = torch.from_numpy(np.array(value))
+    if not sides:
+        from .curvature import factor_bases
+
+        bank = GradientBank(objective, layers)
+        bank.check(examples[0], drop=True)
+        found = factor_bases(bank, spread(examples, SAMPLE), BATCH)
+        sides = {name: {"out": s[:, :size].clone(), "in": a[:, :size].clone()} for name, (s, a) in found.items()}
+        shelf.keep({f"projection/{name}/{k}": v.numpy() for name, pair in sides.items() for k, v in pair.items()})
+    return EigenProjection(size, seed, {name: (pair["out"], pair["in"]) for name, pair in sides.items()})
+
+
 def bank_of(objective: Objective, examples: Examples, layers: tuple[str, ...] | None, projection: Any) -> GradientBank:
     """The bank of a fit: layers that cannot be trusted left out, timesteps brought to one size where there are any."""
     bank = GradientBank(objective, layers, projection)
@@ -267,7 +296,7 @@ def bank_of(objective: Objective, examples: Examples, layers: tuple[str, ...] | 
 def fit(
     method: Any, name: str, make: Callable[[dict[str, tuple[int, int]]], Scheme], objective: Objective,
     examples: Examples, shelf: Shelf | None,
-    projection: Any, layers: tuple[str, ...] | None = None,
+    size: int | None, init: str = "random", layers: tuple[str, ...] | None = None, seed: int = 0,
 ) -> Fitted:  # fmt: skip
     """Build a scheme's shelf (in memory, unless one is given) and return what answers queries. ``make``: the scheme
     for gradients of these shapes."""
@@ -275,6 +304,7 @@ def fit(
     if not len(examples):
         raise RunError("training examples", "there is none", "one or more")
     shelf = Memory() if shelf is None else shelf
+    projection = None if size is None else projection_of(init, size, seed, objective, examples, layers, shelf)
     bank = bank_of(objective, examples, layers, projection)
     scheme = make(bank.shapes)
     skipped = build(scheme, bank, examples, shelf)

@@ -40,3 +40,30 @@ class Projection:
     def record(self) -> dict[str, Any]:
         """For an index's manifest."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class EigenProjection:
+    """Two-sided projection onto the leading eigenvectors of what goes into a layer and of what comes back to it
+    (K-FAC's factors A and S), learned from examples; layers without such factors are projected at random."""
+
+    size: int = 16
+    seed: int = 0
+    bases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """layer -> (Q_S [out, d_out], Q_A [in, d_in]), columns by falling eigenvalue."""
+
+    def target(self, layer: str, out: int, inp: int) -> tuple[int, int]:
+        """What a gradient of [out, in] becomes."""
+        return min(out, self.size), min(inp, self.size)
+
+    def side(self, layer: str, which: str, full: int, kept: int) -> Tensor | None:
+        """[full, kept] of one side, "out" or "in"; None where the side stays as it is."""
+        if layer not in self.bases:
+            return Projection(self.size, self.seed).side(layer, which, full, kept)
+        if kept >= full:
+            return None
+        return self.bases[layer][which == "in"][:, :kept]
+
+    def record(self) -> dict[str, Any]:
+        """For an index's manifest; the bases themselves are among its tensors."""
+        return {"size": self.size, "seed": self.seed, "eigen": sorted(self.bases)}

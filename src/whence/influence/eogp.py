@@ -49,9 +49,8 @@ CARD = Card(
     },
     departs="Written from a summary, not from the paper's text: which basis, which bits and the scale of each layer "
     "are our reading. The rotation is an addition: without it the LDS on digits fell from .37 to .24 (1,024 "
-    "bits; .40 with the numbers in full). A random two-sided projection (size) comes before the eigenbasis "
-    "where a layer is larger than that; the eigenbasis is that of the projected second moments. lambda by "
-    "held-out likelihood. Empirical Fisher.",
+    "bits; .40 with the numbers in full). Step 1 keeps size vectors on each side; embeddings and norms are "
+    "projected at random. lambda by held-out likelihood. Empirical Fisher.",
     avoid="As the last word on the order of the best few: re-score these with int8 rows or EK-FAC (query --verify).",
 )
 
@@ -59,24 +58,26 @@ CARD = Card(
 @dataclass(frozen=True)
 class EOGP:
     """``bits``: sign bits per example, over all layers; ``size``: numbers per side of the projection; ``sample``:
-    examples that the bases are learned from; ``damping``: lambda as a share of the mean eigenvalue; None: held-out."""
+    examples that the bases are learned from; ``damping``: lambda as a share of the mean eigenvalue; None: held-out.
+    ``init``: the projection's vectors, "pca" (the eigenbasis) or "random"."""
 
     bits: int = 1024
     size: int = 32
     sample: int = 2048
     damping: float | None = None
+    init: str = "pca"
     layers: tuple[str, ...] | None = None
     seed: int = 0
 
     def fit(self, objective: Objective, examples: Examples, shelf: Shelf | None = None) -> Fitted:
         """A pass over a sample and one over all examples. Raises RunError, MethodError."""
         from ..engine.influence import fit
-        from ..engine.project import Projection
 
         if self.bits < 8:
             raise RunError(f"{self.bits} bits per example", "too few to order anything", "8 or more")
-        projection = Projection(self.size, self.seed)
-        return fit(self, CARD.name, self.scheme, objective, examples, shelf, projection, self.layers)
+        return fit(
+            self, CARD.name, self.scheme, objective, examples, shelf, self.size, self.init, self.layers, self.seed
+        )
 
     def scheme(self, shapes: Mapping[str, tuple[int, int]]) -> _Scheme:
         """What is kept and scored of gradients of these shapes."""

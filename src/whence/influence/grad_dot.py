@@ -58,10 +58,8 @@ class GradDot:
     def fit(self, objective: Objective, examples: Examples, shelf: Shelf | None = None) -> Fitted:
         """One pass over the examples. Raises RunError, MethodError."""
         from ..engine.influence import fit
-        from ..engine.project import Projection
 
-        projection = None if self.size is None else Projection(self.size, self.seed)
-        return fit(self, CARD.name, _Scheme, objective, examples, shelf, projection, self.layers)
+        return fit(self, CARD.name, _Scheme, objective, examples, shelf, self.size, "random", self.layers, self.seed)
 
 
 class _Scheme:

@@ -54,23 +54,25 @@ CARD = Card(
 @dataclass(frozen=True)
 class LoGRA:
     """``size``: numbers per side of each layer. ``damping``: lambda as a share of the block's mean eigenvalue; None:
-    by held-out likelihood. ``keep``: "float16" or "int8" rows."""
+    by held-out likelihood. ``keep``: "float16" or "int8" rows. ``init``: "pca" (the paper's other choice: eigenvectors
+    of what goes in and comes back) or "random" projections."""
 
     size: int = 16
     damping: float | None = None
     keep: str = "int8"
+    init: str = "pca"
     layers: tuple[str, ...] | None = None
     seed: int = 0
 
     def fit(self, objective: Objective, examples: Examples, shelf: Shelf | None = None) -> Fitted:
         """One pass over the examples. Raises RunError, MethodError."""
         from ..engine.influence import fit
-        from ..engine.project import Projection
 
         if self.keep not in ("float16", "int8"):
             raise RunError(f"rows kept as {self.keep!r}", "no such form", "float16, int8")
-        projection = Projection(self.size, self.seed)
-        return fit(self, CARD.name, self.scheme, objective, examples, shelf, projection, self.layers)
+        return fit(
+            self, CARD.name, self.scheme, objective, examples, shelf, self.size, self.init, self.layers, self.seed
+        )
 
     def scheme(self, shapes: Mapping[str, tuple[int, int]]) -> _Scheme:
         """What is kept and scored of gradients of these shapes."""

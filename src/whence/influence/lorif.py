@@ -71,14 +71,14 @@ class LoRIF:
     def fit(self, objective: Objective, examples: Examples, shelf: Shelf | None = None) -> Fitted:
         """One pass over the examples, five over what was kept. Raises RunError, MethodError."""
         from ..engine.influence import fit
-        from ..engine.project import Projection
 
         if self.rank < 1:
             raise RunError(f"factors of rank {self.rank}", "nothing would be kept", "1 or more")
         if isinstance(self.damping, str) and self.damping not in ("paper", "trace"):
             raise RunError(f"the damping {self.damping!r}", "no such rule", "paper, trace, or a number")
-        projection = Projection(self.size, self.seed)
-        return fit(self, CARD.name, self.scheme, objective, examples, shelf, projection, self.layers)
+        return fit(
+            self, CARD.name, self.scheme, objective, examples, shelf, self.size, "random", self.layers, self.seed
+        )
 
     def scheme(self, shapes: Mapping[str, tuple[int, int]]) -> _Scheme:
         """What is kept and scored of gradients of these shapes."""
