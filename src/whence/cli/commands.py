@@ -56,6 +56,22 @@ def explain(
         list[Path] | None,
         typer.Option(help="Text: a file to stand before the prompt, as one passage; may be given again."),
     ] = None,
+    question: Annotated[
+        str, typer.Option(help="Text: answer this from the passages that are found for it.", show_default=False)
+    ] = "",
+    passages: Annotated[
+        Path | None,
+        typer.Option(help='Text: the collection, lines {"text": ..., "name": ...}; with --question.'),
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Text: passages to read, the best ones; with --question.")] = 5,
+    values: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            show_default=False,
+            help="Text: put the evidence on trial: other values that could stand in the place of --span.",
+        ),
+    ] = None,
     span: Annotated[
         str | None,
         typer.Option(help="Text: explain these words of the output, or its characters START:END.", show_default="all"),
@@ -89,10 +105,11 @@ def explain(
     """Make a picture or a text, say which words it came from, and put each claim on trial."""
     from . import explain_text
 
-    if explain_text.is_text(model, prompt_file, context or (), span):
+    if explain_text.is_text(model, prompt_file, context or (), span, question or str(passages or "")):
         explain_text.explain(
             explain_text.Asked(
-                model or "facts", prompt, prompt_file, context or (), span, units, by, max_tokens, seed, template
+                model or "facts", prompt, prompt_file, context or (), span, units, by, max_tokens, seed, template,
+                question, passages, top_k, values,
             ),
             out, json,
         )  # fmt: skip
@@ -152,6 +169,76 @@ def prove(
     from .prove import Asked, prove
 
     prove(Asked(tuple(names or ()), world, full, key, journal, write, jobs or min(4, os.cpu_count() or 1)), json)
+
+
+@app.command()
+def index(
+    model: Annotated[str, typer.Argument(help="shapes, emoji, facts, or a diffusers or transformers directory.")],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="What it was trained on: .txt, .jsonl, a folder of captioned pictures, .npz.", show_default=False
+        ),
+    ] = None,
+    world: Annotated[
+        str | None, typer.Option(help="The training set of an embedded world, in place of DATA.", show_default=False)
+    ] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder or URL of the index.")] = "whence-index",
+    format: Annotated[
+        str, typer.Option(help="What is kept of an example: auto, bits, bits:N, int8, lorif:C.")
+    ] = "auto",
+    size: Annotated[
+        int | None, typer.Option(help="Numbers per side that a layer's gradient is projected to.", show_default="16")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="An even share of so many examples.", show_default="all; shapes: 480")
+    ] = None,
+    timesteps: Annotated[
+        int | None, typer.Option(help="Pictures: timesteps of the grid that a loss is taken over.", show_default="10")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Texts: tokens that are read, the rest is left out.", show_default="512")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Name patterns of the layers to track, with commas between.", show_default="all")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Examples at a time.")] = 16,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an index that was stopped.")] = False,
+    json: Json = False,
+) -> None:
+    """Keep a compact form of each training example's gradient, so that outputs can be traced to examples."""
+    from .index import Asked, index
+
+    index(Asked(model, data, world, out, format, size, limit, timesteps, length, layers, batch, resume), json)
+
+
+@app.command()
+def query(
+    index: Annotated[str, typer.Argument(help="An index that `whence index` built: folder or URL.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a report whose output is asked about.", show_default=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Or make the output of this prompt.", show_default=False)] = "",
+    text: Annotated[
+        str, typer.Option(help="Texts: ask about this output, not about what the model writes.", show_default=False)
+    ] = "",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the first noise, or of drawn tokens.", show_default="0; text: greedy")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Texts: tokens to write at most.")] = 32,
+    top: Annotated[int, typer.Option(help="Examples to name.")] = 10,
+    both_ends: Annotated[
+        bool, typer.Option("--both-ends", help="Also the examples that made the output less likely.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Put the answer on trial: a training step on the best against others.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say which training examples an output came from, and how far to trust the answer."""
+    from .query import Asked, query
+
+    query(Asked(index, run, prompt, text, seed, max_tokens, top, both_ends, verify), json)
 
 
 @app.command()

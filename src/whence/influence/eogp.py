@@ -6,14 +6,14 @@ For each layer, of a sample of examples (Heo, Rosser & Kim 2026, from a summary 
    gradient Q_S' G_i Q_A, and there the second moments C, its eigenvectors Q and corrected eigenvalues s;
 2. the half-whitened coordinates x_i = (s + lambda)^(-1/2) Q' vec(Q_S' G_i Q_A): inner products of these are influences;
 3. a fixed random rotation of the kept coordinates, so that each bit carries as much as any other;
-4. one sign bit per coordinate, and one scale for each layer, alpha_i = mean |x_i| (the least squares fit of x by its
-   signs); the bits are given to the coordinates that carry most of the scores' variance, (s / (s + lambda))^2;
-5. score(q, i) = sum over layers alpha_i <x_q, sign x_i>: the query keeps its numbers.
+4. one sign bit per coordinate, and one scale, alpha_i = mean |x_i| (the least squares fit of x by its signs); the bits
+   are given to the coordinates, of all layers, that carry most of the scores' variance, (s / (s + lambda))^2;
+5. score(q, i) = alpha_i <x_q, sign x_i>: the query keeps its numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.influence import Fitted, Shelf
+    from ..engine.scan import Scan
     from ..objective import Examples, Objective
 
 CARD = Card(
@@ -37,8 +38,8 @@ CARD = Card(
     units=("training example",),
     works_on=("language models", "diffusion models", "classifiers", "graph nets"),
     needs=("training examples",),
-    cost="one forward and backward per training example and one more for a sample; bits / 8 bytes per example and four "
-    "per layer; one forward and backward per query and a scan",
+    cost="one forward and backward per training example and two more for a sample; bits / 8 + 2 bytes per "
+    "example; one forward and backward per query and a scan",
     claim="Signs of half-whitened coordinates find the examples that taught the model an outcome, above their twins.",
     falsifier={
         "trial": "carriers.marks",
@@ -47,7 +48,7 @@ CARD = Card(
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
         "seconds": 60,
     },
-    departs="Written from a summary, not from the paper's text: which basis, which bits and the scale of each layer "
+    departs="Written from a summary, not from the paper's text: which basis, which bits and the scale "
     "are our reading. The rotation is an addition: without it the LDS on digits fell from .37 to .24 (1,024 "
     "bits; .40 with the numbers in full). Step 1 keeps size vectors on each side; embeddings and norms are "
     "projected at random. lambda by held-out likelihood. Empirical Fisher.",
@@ -84,19 +85,27 @@ class EOGP:
         return _Scheme(shapes, self)
 
 
+TURN = 1024
+"""Coordinates that are rotated together."""
+
+
 class _Scheme:
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: EOGP) -> None:
         self.shapes, self.settings = dict(shapes), settings
         self.sample = settings.sample
         self.bases: dict[str, Tensor] = {}
         self.damping: dict[str, float] = {}
+        self.codec: Any = None
+
+    @property
+    def planes(self) -> dict[str, int]:
+        return {"bits": self.codec.stride}
 
     def learn(self, gradients: Mapping[str, Tensor]) -> None:
         """Bases, dampings, and which coordinates get a bit."""
         import torch
 
         from ..engine.curvature import Moments
-        from ..engine.randomness import torch_stream
 
         moments = Moments()
         moments.add(gradients)
@@ -108,27 +117,40 @@ class _Scheme:
         weights = {name: (s / (s + self.damping[name] + 1e-30)) ** 2 for name, (s, _) in eigen.items()}
         everything = torch.cat(list(weights.values()))
         bits = min(self.settings.bits, int((everything > 0).sum()))
-        floor = everything.sort(descending=True).values[bits - 1] if bits else torch.tensor(0.0)
+        if not bits:
+            raise RunError("an eigenbasis of the gradients", "all of them are nothing", "examples with a finite loss")
+        floor = everything.sort(descending=True).values[bits - 1]
         for name, (s, q) in eigen.items():
-            kept = int((weights[name] >= floor).sum()) if bits else 0
+            kept = int((weights[name] >= floor).sum())
             scale = (s[:kept] + self.damping[name] + 1e-30).rsqrt()
-            turn = torch.randn(
-                kept, kept, generator=torch_stream("rotation", self.settings.seed, name), dtype=torch.float64
-            )
-            self.bases[name] = (q[:, :kept] * scale @ torch.linalg.qr(turn)[0]).float().contiguous()
+            self.bases[name] = (q[:, :kept] * scale).float().contiguous()
+        self._open()
 
-    def whitened(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """x of each layer, [example, coordinate]."""
-        return [gradients[name].detach().flatten(1).float().cpu() @ self.bases[name] for name in self.shapes]
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        import numpy as np
+    def _open(self) -> None:
+        """The rotation, drawn again from the seed, and the codec."""
         import torch
 
-        parts = self.whitened(gradients)
-        scales = torch.stack([p.abs().mean(1) if p.shape[1] else torch.zeros(len(p)) for p in parts], 1)
-        bits = np.packbits((torch.cat(parts, 1) >= 0).numpy(), axis=1, bitorder="little")
-        return {"bits": np.concatenate([scales.numpy().view(np.uint8), bits], 1)}
+        from ..engine.codes import Signs
+        from ..engine.randomness import torch_stream
+
+        width = sum(b.shape[1] for b in self.bases.values())
+        self.codec = Signs({"all": (width,)})
+        g = torch_stream("rotation", self.settings.seed, width)
+        # Layers are mixed first, then turned in blocks: a whole rotation of many coordinates would not fit.
+        self.order = torch.randperm(width, generator=g)
+        sizes = [min(TURN, width - at) for at in range(0, width, TURN)]
+        self.turns = [torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0].float() for n in sizes]
+
+    def whitened(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """x, turned: [example, coordinate]."""
+        import torch
+
+        x = torch.cat([gradients[n].detach().flatten(1).float().cpu() @ self.bases[n] for n in self.shapes], 1)
+        parts = torch.split(x[:, self.order], TURN, 1)
+        return torch.cat([p @ turn for p, turn in zip(parts, self.turns, strict=True)], 1)
+
+    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
+        return {"bits": self.codec.encode({"all": self.whitened(gradients)})}
 
     def finish(self, shelf: Shelf) -> None:
         """All was learned from the sample."""
@@ -146,22 +168,14 @@ class _Scheme:
             if f"basis/{name}" in tensors:
                 self.bases[name] = torch.from_numpy(tensors[f"basis/{name}"].copy())
                 self.damping[name] = float(tensors[f"damping/{name}"])
+        if self.bases:
+            self._open()
 
-    def prepare(self, gradients: Mapping[str, Tensor]) -> list[Tensor]:
-        """The query's half-whitened coordinates."""
-        return self.whitened(gradients)
+    def prepare(self, gradients: Mapping[str, Tensor]) -> Scan:
+        """The query's half-whitened coordinates, as tables of a scan."""
+        from ..engine.scan import Scan
 
-    def score(self, prepared: list[Tensor], shelf: Shelf) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        import numpy as np
-        import torch
+        return Scan(self.codec, {"all": self.whitened(gradients)})
 
-        widths = [p.shape[1] for p in prepared]
-        head = 4 * len(widths)
-        for start, codes in shelf.blocks("bits"):
-            scales = torch.from_numpy(codes[:, :head].copy().view(np.float32))
-            bits = np.unpackbits(codes[:, head:], axis=1, bitorder="little", count=sum(widths))
-            signs = torch.split(torch.from_numpy(bits).float() * 2 - 1, widths, 1)
-            total: Any = 0
-            for i, (x, s) in enumerate(zip(prepared, signs, strict=True)):
-                total = total + (x @ s.T) * scales[:, i]
-            yield start, total.numpy()
+    def score(self, prepared: Scan, codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return prepared.scores(codes["bits"])

@@ -9,7 +9,7 @@ honest baseline of everything with a curvature.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,13 @@ class _Scheme:
     sample = 0
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        self.shapes = dict(shapes)
+        from ..engine.codes import Numbers
+
+        self.codec = Numbers(dict(shapes), "float16")
+
+    @property
+    def planes(self) -> dict[str, int]:
+        return {"gradients": self.codec.stride}
 
     def learn(self, gradients: Mapping[str, Tensor]) -> None:
         """Nothing is learned."""
@@ -81,16 +87,10 @@ class _Scheme:
         """Nothing was learned."""
 
     def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        from ..engine.influence import flat, half
+        return {"gradients": self.codec.encode(gradients)}
 
-        return {"gradients": half(flat(gradients))}
+    def prepare(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return gradients
 
-    def prepare(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        from ..engine.influence import flat
-
-        return flat(gradients)
-
-    def score(self, prepared: Tensor, shelf: Shelf) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        from ..engine.influence import dense_score, unhalf
-
-        return dense_score(prepared, shelf, "gradients", unhalf)
+    def score(self, prepared: Mapping[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return self.codec.score(prepared, codes["gradients"])

@@ -12,7 +12,7 @@ inverse is applied to the query alone; lambda is chosen for each layer by the li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,34 +83,29 @@ class _Scheme:
     sample = 0
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: LoGRA) -> None:
-        self.shapes, self.settings = dict(shapes), settings
-        self.groups = [a * b for a, b in self.shapes.values()]
+        from ..engine.codes import Numbers
+
+        self.settings, self.codec = settings, Numbers(dict(shapes), settings.keep)
         self.eigen: dict[str, tuple[Tensor, Tensor]] = {}
         self.damping: dict[str, float] = {}
+
+    @property
+    def planes(self) -> dict[str, int]:
+        return {"gradients": self.codec.stride}
 
     def learn(self, gradients: Mapping[str, Tensor]) -> None:
         """Nothing is wanted of a sample."""
 
     def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        from ..engine.influence import eighth, flat, half
-
-        rows = flat(gradients)
-        return {"gradients": half(rows) if self.settings.keep == "float16" else eighth(rows, self.groups)}
-
-    def decode(self, codes: NDArray[np.uint8]) -> Tensor:
-        """float32 rows."""
-        from ..engine.influence import uneighth, unhalf
-
-        return unhalf(codes) if self.settings.keep == "float16" else uneighth(codes, self.groups)
+        return {"gradients": self.codec.encode(gradients)}
 
     def finish(self, shelf: Shelf) -> None:
         """F of each layer, of the rows as they are kept."""
         from ..engine.curvature import Moments
-        from ..engine.influence import split
 
         moments = Moments()
-        for _, codes in shelf.blocks("gradients"):
-            moments.add(split(self.decode(codes), self.shapes))
+        for _, codes in shelf.blocks("gradients", rows=4096):
+            moments.add(self.codec.decode(codes))
         self.eigen = {name: (v.float(), q.float()) for name, (v, q) in moments.eigen().items()}
         chosen = moments.damping() if self.settings.damping is None else {}
         self.damping = {
@@ -130,23 +125,19 @@ class _Scheme:
     def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         import torch
 
-        for name in self.shapes:
+        for name in self.codec.shapes:
             if f"values/{name}" in tensors:
                 pair = [torch.from_numpy(tensors[f"{kind}/{name}"].copy()) for kind in ("values", "vectors")]
                 self.eigen[name], self.damping[name] = (pair[0], pair[1]), float(tensors[f"damping/{name}"])
 
-    def prepare(self, gradients: Mapping[str, Tensor]) -> Tensor:
+    def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(F + lambda I)^-1 of the query's gradient."""
-        import torch
-
-        parts = []
+        found = {}
         for name, g in gradients.items():
             values, vectors = self.eigen[name]
             inner = g.detach().flatten(1).float().cpu() @ vectors
-            parts.append(inner / (values + max(self.damping[name], 1e-30)) @ vectors.T)
-        return torch.cat(parts, 1)
+            found[name] = (inner / (values + max(self.damping[name], 1e-30)) @ vectors.T).view(g.shape)
+        return found
 
-    def score(self, prepared: Tensor, shelf: Shelf) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        from ..engine.influence import dense_score
-
-        return dense_score(prepared, shelf, "gradients", self.decode)
+    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return self.codec.score(prepared, codes["gradients"])

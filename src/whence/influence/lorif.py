@@ -49,7 +49,7 @@ CARD = Card(
         "seconds": 60,
     },
     departs="The inverse is applied to the query, not to each example (equal numbers). Biases, embeddings and norms "
-    "are projected too. float16 with a scale per factor, not bfloat16. A rank above 1 is orthonormalised by "
+    "are projected too. A rank above 1 is orthonormalised by "
     "QR. lambda is the paper's .1 x the mean of the leading s^2 unless damping= says otherwise.",
     avoid="Where the gradients of single examples are not near rank 1 (measure: energy()); a bit per whitened "
     "coordinate keeps more for the same bytes there (eogp).",
@@ -89,40 +89,22 @@ class _Scheme:
     sample = 0
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: LoRIF) -> None:
+        from ..engine.codes import Factors
+
         self.shapes, self.settings = dict(shapes), settings
-        self.ranks = {name: min(settings.rank, *shape) for name, shape in self.shapes.items()}
-        self.numbers = [(a + b) * self.ranks[name] for name, (a, b) in self.shapes.items()]
+        self.codec = Factors(dict(shapes), settings.rank)
         self.spaces: dict[str, tuple[Tensor, Tensor]] = {}
         self.damping: dict[str, float] = {}
+
+    @property
+    def planes(self) -> dict[str, int]:
+        return {"factors": self.codec.stride}
 
     def learn(self, gradients: Mapping[str, Tensor]) -> None:
         """Nothing is wanted of a sample."""
 
     def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        import numpy as np
-        import torch
-
-        from ..engine.influence import half
-
-        parts = []
-        for name, g in gradients.items():
-            u, v = _factors(g.detach().float().cpu(), self.ranks[name])
-            # One size for both sides, so that neither rounds more than the other.
-            size = (u.norm(dim=1, keepdim=True) + 1e-30).sqrt()
-            parts.append(half(torch.cat([(u / size).flatten(1), (v * size).flatten(1)], 1)))
-        return {"factors": np.concatenate(parts, 1)}
-
-    def factors(self, codes: NDArray[np.uint8]) -> dict[str, tuple[Tensor, Tensor]]:
-        """layer -> (u [row, out, component], v [row, in, component])."""
-        from ..engine.influence import unhalf
-
-        found, at = {}, 0
-        for (name, (out, inp)), count in zip(self.shapes.items(), self.numbers, strict=True):
-            rows = unhalf(codes[:, at : at + 4 + 2 * count])
-            at += 4 + 2 * count
-            c = self.ranks[name]
-            found[name] = rows[:, : out * c].view(-1, out, c), rows[:, out * c :].view(-1, inp, c)
-        return found
+        return {"factors": self.codec.encode(gradients)}
 
     def finish(self, shelf: Shelf) -> None:
         """V_r and s of each layer's reconstructed rows."""
@@ -131,9 +113,9 @@ class _Scheme:
         for name, (out, inp) in self.shapes.items():
 
             def rows(name: str = name) -> Iterator[Tensor]:
-                for _, codes in shelf.blocks("factors", 4096):
-                    u, v = self.factors(codes)[name]
-                    yield (u @ v.transpose(1, 2)).flatten(1)
+                for _, codes in shelf.blocks("factors", rows=4096):
+                    u, v = self.codec.factors(codes)[name]
+                    yield (u.float() @ v.float().mT).flatten(1)
 
             r = min(self.settings.singular, out * inp)
             basis, s = truncated(rows, out * inp, min(r + 10, out * inp), (self.settings.seed, name))
@@ -176,35 +158,8 @@ class _Scheme:
             found[name] = whole.view(-1, *self.shapes[name])
         return found
 
-    def score(self, prepared: dict[str, Tensor], shelf: Shelf) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for start, codes in shelf.blocks("factors", 4096):
-            total: Any = 0
-            for name, (u, v) in self.factors(codes).items():
-                total = total + prepared[name].flatten(1) @ (u @ v.transpose(1, 2)).flatten(1).T
-            yield start, total.numpy()
-
-
-def _factors(g: Tensor, c: int) -> tuple[Tensor, Tensor]:
-    """u [row, out, c] that holds the singular values, v [row, in, c] orthonormal: block power iteration, 8 rounds for a
-    rank of one, 16 otherwise."""
-    import torch
-
-    from ..engine.randomness import torch_stream
-
-    v = torch.randn(g.shape[2], c, generator=torch_stream("power iteration", g.shape[2], c)).expand(len(g), -1, -1)
-    for _ in range(8 if c == 1 else 16):
-        v = _orthonormal(g.transpose(1, 2) @ _orthonormal(g @ v))
-    return g @ v, v
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    import torch
-
-    if x.shape[2] == 1:
-        unit: Tensor = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-30)
-        return unit
-    q: Tensor = torch.linalg.qr(x)[0]
-    return q
+    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return self.codec.score(prepared, codes["factors"])
 
 
 def energy(g: Tensor, ranks: tuple[int, ...] = (1, 2, 4, 8)) -> dict[int, float]:

@@ -1,0 +1,138 @@
+"""`whence query`: which training examples an output came from, by an index, and how far to trust the answer."""
+
+from __future__ import annotations
+
+import json as to_json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import PromptError, RunError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command as typed."""
+
+    index: str
+    run: Path | None = None
+    prompt: str = ""
+    text: str = ""
+    seed: int | None = None
+    max_tokens: int = 32
+    top: int = 10
+    both_ends: bool = False
+    verify: bool = False
+    out: Path | None = None
+
+
+def query(asked: Asked, json: bool) -> None:
+    """Make the output (or take the one of a report), ask the index and print the answer. Raises the errors of the
+    first thing that does not fit, before the model is loaded where that is possible."""
+    from ..store import Index
+    from ..store.training_index import judgement, opened
+    from .training_set import subject
+
+    if bool(asked.prompt) == bool(asked.run):
+        raise PromptError(
+            "a query",
+            "--prompt and a report's folder: one of them is needed",
+            'whence query IX --prompt "a red circle"',
+        )
+    if asked.top < 1:
+        raise RunError(f"--top {asked.top}", "nothing to show", "1 or more")
+    asked = _with_run(asked)
+    held = Index.open(asked.index)
+    about = held.manifest.settings.get("about")
+    if not about:
+        raise RunError(
+            f"ask the index {asked.index}", "it does not say what it was built of", "one that `whence index` built"
+        )
+    it = subject(about)
+    with opened(asked.index, it.objective, it.examples) as index:
+        made, example, said = _output(it, asked)
+        began = time.monotonic()
+        found = index.search([example], asked.top)[0]
+        seconds = time.monotonic() - began
+        label = it.examples.label
+        record: dict[str, Any] = {
+            "schema": "whence/query/1", "index": asked.index, "model": it.adapter.name, **said,
+            "examples": found.scanned, "scored_again": found.again, "seconds": round(seconds, 3),
+            "top": [{"example": int(n), "label": label(int(n)), "score": float(s)}
+                    for n, s in zip(found.numbers, found.scores, strict=True)],
+            "trust": {
+                "recall_of_first_stage": found.recall, "on_examples": found.slice,
+                "agreement_with_ekfac": {j.form: {"ndcg_at_20": round(j.ndcg, 3), "spearman": round(j.spearman, 3)}
+                                         for j in judgement(index.index) if j.form.split(":")[0] == index.form.name},
+            },
+            "notes": list(index.fitted.notes),
+        }  # fmt: skip
+        if asked.both_ends:
+            record["lowest"] = [
+                {"example": int(n), "label": label(int(n)), "score": float(s)}
+                for n, s in zip(found.low_numbers, found.low_scores, strict=True)
+            ]
+        if asked.verify:
+            record["verdict"] = _verified(it, index, found, example)
+        print(to_json.dumps(record, indent=1) if json else _lines(record))
+        sys.stdout.flush()
+    del made
+
+
+def _with_run(asked: Asked) -> Asked:
+    """What was asked for in the report of an earlier `whence explain`."""
+    if asked.run is None:
+        return asked
+    for name in ("explanation.json", "report.json"):
+        path = asked.run / name if asked.run.is_dir() else asked.run
+        if path.is_file() and path.name == name:
+            try:
+                said = to_json.loads(path.read_text(encoding="utf8"))["run"]
+                settings = said["settings"]
+                return replace(asked, prompt=settings["prompt"], seed=settings.get("seed"), text=said.get("text", ""))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    f"the run of {path}", f"{type(error).__name__}: {error}", "a report of `whence explain`"
+                ) from None
+    raise RunError(f"the run {asked.run}", "no report is there", "a folder that `whence explain --out` wrote")
+
+
+def _output(it: Any, asked: Asked) -> tuple[Any, Any, dict[str, Any]]:
+    """The run, the example that it makes, and what the record says of it."""
+    if it.writes:
+        from ..text import TextSettings
+
+        run = it.adapter.write(TextSettings(asked.prompt, asked.max_tokens, asked.seed, forced=asked.text))
+        return run, (run.prompt, run.text), {"prompt": run.prompt, "text": run.text, "seed": asked.seed}
+    if asked.text:
+        raise RunError("--text", f"{it.adapter.name} makes pictures", "no --text")
+    run = it.adapter.picture(asked.prompt, seed=asked.seed or 0)
+    return run, (asked.prompt, run.latents[0]), {"prompt": asked.prompt, "seed": run.settings.seed}
+
+
+def _verified(it: Any, index: Any, found: Any, example: Any) -> dict[str, Any]:
+    from ..checks.tail_patch import tail_patch
+
+    verdict = tail_patch(found.numbers, it.objective, it.examples, example)
+    return verdict.record()  # type: ignore[no-any-return]
+
+
+def _lines(record: dict[str, Any]) -> str:
+    said = f" -> {record['text']!r}" if "text" in record else ""
+    lines = [f"{record['prompt']!r}{said}"]
+    for name in ("top", "lowest"):
+        rows = record.get(name, [])
+        lines += [f"{name} of {record['examples']} training examples"] if rows else []
+        lines += [f"  {r['score']:+.3e}  #{r['example']:<6} {r['label']}" for r in rows]
+    trust = record["trust"]
+    if trust["recall_of_first_stage"] is not None:
+        share, part = trust["recall_of_first_stage"], trust["on_examples"]
+        lines.append(f"the first stage let {share:.0%} of the best through, measured on {part} examples")
+    for form, values in trust["agreement_with_ekfac"].items():
+        lines.append(f"agreement of {form} with EK-FAC: NDCG@20 {values['ndcg_at_20']}, Spearman {values['spearman']}")
+    if "verdict" in record:
+        v = record["verdict"]
+        lines.append(f"verdict: {v['word']}: {v['claim']}")
+    return "\n".join([*lines, f"{record['seconds']} s", *record["notes"]])

@@ -1,0 +1,139 @@
+"""Two forms of one gradient side by side, and a query in stages: all by the small form, the best again by the larger.
+
+The first stage scans the signs of everything and keeps both ends of the ranking; the second scores these again from
+their int8 rows. How many of the true best twenty the first stage let through is measured on a slice, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from .influence import BLOCK, Fitted, Scheme, Shelf
+from .scan import Ends, top
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LEAST = 256
+"""At least so many of each end are scored again."""
+SHARE = 0.02
+"""And at least this share of all."""
+
+
+class Both:
+    """A scheme that keeps what ``small`` and what ``large`` keep. Its own score is the large one's."""
+
+    def __init__(self, small: Scheme, large: Scheme) -> None:
+        self.small, self.large = small, large
+        self.sample = max(small.sample, large.sample)
+
+    @property
+    def planes(self) -> dict[str, int]:
+        return {**self.small.planes, **self.large.planes}
+
+    def learn(self, gradients: Mapping[str, Tensor]) -> None:
+        self.small.learn(gradients)
+        self.large.learn(gradients)
+
+    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
+        return {**self.small.encode(gradients), **self.large.encode(gradients)}
+
+    def finish(self, shelf: Shelf) -> None:
+        self.small.finish(shelf)
+        self.large.finish(shelf)
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        parts = (("small", self.small), ("large", self.large))
+        return {f"{size}/{k}": v for size, scheme in parts for k, v in scheme.tensors().items()}
+
+    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        for size, scheme in (("small", self.small), ("large", self.large)):
+            scheme.restore({k.removeprefix(f"{size}/"): v for k, v in tensors.items() if k.startswith(f"{size}/")})
+
+    def prepare(self, gradients: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        return self.small.prepare(gradients), self.large.prepare(gradients)
+
+    def score(self, prepared: tuple[Any, Any], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return self.large.score(prepared[1], codes)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The ends of one query's ranking: ``numbers`` and ``scores`` of the best, ``low_numbers`` and ``low_scores`` of
+    the lowest (the lowest first); ``scanned`` and ``again``: examples scored in the two stages; ``recall``: share of
+    the best ``k`` of a slice of ``slice`` examples, by the large form, that were among those scored again."""
+
+    numbers: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    low_numbers: NDArray[np.int64]
+    low_scores: NDArray[np.float32]
+    scanned: int
+    again: int
+    recall: float | None = None
+    slice: int = 0
+
+
+def search(
+    fitted: Fitted, queries: Sequence[Any], k: int = 20, alive: NDArray[np.bool_] | None = None, check: int = 20_000
+) -> list[Found]:
+    """The ``k`` best and lowest examples for each query. ``alive``: rows that may be named; ``check``: examples of the
+    slice that recall is measured on (0: it is not)."""
+    prepared = fitted.prepare(queries)
+    scheme: Any = fitted.scheme
+    n = len(fitted.examples) if alive is None else int(alive.sum())
+    k = min(k, n)
+
+    def living(start: int, scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        numbers = np.arange(start, start + scores.shape[1])
+        keep = slice(None) if alive is None else alive[numbers]
+        return numbers[keep], scores[:, keep]
+
+    if not isinstance(scheme, Both):
+        ends = top((living(start, part) for start, part in fitted.stream(prepared)), k)
+        return [_found(ends, q, n, 0, None, 0) for q in range(len(queries))]
+    many = min(n, max(LEAST, k, int(SHARE * n)))
+    plane = next(iter(scheme.small.planes))
+    stream = (
+        living(start, scheme.small.score(prepared[0], {plane: codes}))
+        for start, codes in fitted.shelf.blocks(plane, rows=4 * BLOCK)
+    )
+    coarse = top(stream, many)
+    found = []
+    for q in range(len(queries)):
+        low = coarse.worst.rows[q] if coarse.worst else np.zeros(0, np.int64)
+        chosen = np.unique(np.concatenate([coarse.best.rows[q], low]))
+        again = fitted.at(prepared, chosen)[q : q + 1]
+        ends = top([(chosen, again)], k)
+        recall, part = _recall(fitted, prepared, q, k, chosen, alive, check)
+        found.append(_found(ends, 0, n, len(chosen), recall, part))
+    return found
+
+
+def _recall(
+    fitted: Fitted,
+    prepared: Any,
+    q: int,
+    k: int,
+    chosen: NDArray[np.int64],
+    alive: NDArray[np.bool_] | None,
+    check: int,
+) -> tuple[float | None, int]:
+    """Of the ``k`` best of an evenly spread slice by the large form, the share that was scored again."""
+    rows = np.arange(len(fitted.examples)) if alive is None else np.flatnonzero(alive)
+    if not check or not len(rows):
+        return None, 0
+    part = rows[np.unique(np.linspace(0, len(rows) - 1, min(check, len(rows))).astype(np.int64))]
+    scores = np.concatenate([fitted.at(prepared, part[i : i + BLOCK])[q] for i in range(0, len(part), BLOCK)])
+    best = part[np.argsort(-scores, kind="stable")[:k]]
+    return float(np.isin(best, chosen).mean()), len(part)
+
+
+def _found(ends: Ends, q: int, scanned: int, again: int, recall: float | None, part: int) -> Found:
+    low = ends.worst
+    assert low is not None
+    return Found(ends.best.rows[q], ends.best.scores[q], low.rows[q], low.scores[q], scanned, again, recall, part)

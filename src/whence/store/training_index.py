@@ -1,0 +1,321 @@
+"""An index of a training set: built once, asked as often as one likes.
+
+    index = build(objective, examples, "out/ix")            # one pass over the examples; goes on where it was stopped
+    with opened("out/ix", objective, examples) as index:
+        found = index.search([query], k=20)                  # both ends of the ranking, with measured recall
+
+``form`` says what is kept of an example's gradient: "bits" (EOGP: one sign bit per coordinate), "int8" (LoGRA),
+"lorif:c" (LoRIF of rank c), or "auto": bits to scan all of it and int8 to score the best of it again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..engine.curvature import KroneckerFisher
+from ..engine.gradients import GradientBank
+from ..engine.influence import BATCH, Fitted, Memory, Scheme, Skipped, bank_of, finite, flat, projection_of, spread
+from ..engine.influence import build as run
+from ..engine.stages import Both, Found, search
+from ..errors import OutputError, RunError
+from ..influence.eogp import EOGP
+from ..influence.logra import LoGRA
+from ..influence.lorif import LoRIF
+from .contents import FILE, Manifest
+from .index import Index
+from .places import place_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..objective import Examples, Objective
+
+FORMS = "auto, bits, bits:N, int8, lorif:C"
+JUDGED, ASKED = 96, 8
+"""Examples that forms are held against EK-FAC on, and how many of them are the queries."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is kept: methods by role, and the numbers per side of the projection."""
+
+    name: str
+    size: int = 16
+    bits: int = 1024
+    rank: int = 0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, text: str, size: int | None = None, seed: int = 0) -> Form:
+        """From "auto", "bits", "bits:2048", "int8" or "lorif:4". Raises RunError."""
+        match = re.fullmatch(r"(auto|bits|int8|lorif)(?::(\d+))?", text.strip())
+        number = int(match[2]) if match and match[2] else 0
+        if not match or (match[2] and (number < 1 or match[1] in ("auto", "int8"))):
+            raise RunError(f"the format {text!r}", "no such form of an index", FORMS)
+        name = match[1]
+        return cls(
+            name, size or (32 if name == "lorif" else 16), number or 1024, (number or 1) if name == "lorif" else 0, seed
+        )
+
+    @property
+    def init(self) -> str:
+        return "random" if self.name == "lorif" else "pca"
+
+    def scheme(self, shapes: Mapping[str, tuple[int, int]]) -> Scheme:
+        """What is kept and scored of gradients of these shapes."""
+        bits = EOGP(bits=self.bits, size=self.size, seed=self.seed).scheme
+        numbers = LoGRA(size=self.size, seed=self.seed).scheme
+        if self.name == "auto":
+            return Both(bits(shapes), numbers(shapes))
+        if self.name == "lorif":
+            return LoRIF(rank=self.rank, size=self.size, seed=self.seed).scheme(shapes)
+        return bits(shapes) if self.name == "bits" else numbers(shapes)
+
+
+class _Shelf:
+    """An Index as a shelf: made when its planes are known, that is with the first rows."""
+
+    def __init__(self, place: str, manifest: Manifest, index: Index | None) -> None:
+        self.place, self.manifest, self.index = place, manifest, index
+        self._kept: dict[str, NDArray[Any]] = {}
+
+    @property
+    def done(self) -> int:
+        return 0 if self.index is None else self.index.done
+
+    @property
+    def tensors(self) -> Mapping[str, NDArray[Any]]:
+        return self._kept if self.index is None else self.index.tensors
+
+    def keep(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        if self.index is not None:
+            self.index.keep(tensors)
+        else:
+            self._kept |= dict(tensors)
+
+    def append(self, planes: Mapping[str, NDArray[np.uint8]]) -> None:
+        if self.index is None:
+            fields = {f: getattr(self.manifest, f) for f in ("model", "data", "examples", "projection", "method")}
+            strides = {name: codes.shape[1] for name, codes in planes.items()}
+            made = Manifest(**fields, planes=strides, settings=self.manifest.settings, code=self.manifest.code)
+            # Small shards: what a kill can cost is the shard that was being filled.
+            self.index = Index.create(self.place, made, self._kept, rows_per_shard=1024)
+        self.index.append(planes)
+
+    def blocks(self, plane: str, rows: int = 16_384) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        assert self.index is not None
+        self.index.flush()
+        return self.index.blocks(plane, rows=rows, only_alive=False)
+
+    def rows(self, plane: str, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        assert self.index is not None
+        return self.index.rows(plane, numbers)
+
+
+@dataclass(frozen=True)
+class TrainingIndex:
+    """An index with the model and the examples that it is of."""
+
+    index: Index
+    fitted: Fitted
+    form: Form
+
+    def search(self, queries: Sequence[Any], k: int = 20) -> list[Found]:
+        """Both ends of the ranking for each query."""
+        if not 1 <= k <= int(self.index.alive.sum()):
+            raise RunError(
+                f"the best {k} examples",
+                f"{int(self.index.alive.sum())} are in the index",
+                "--top of 1 or more, not more",
+            )
+        return search(self.fitted, queries, k, None if self.index.alive.all() else self.index.alive)
+
+    def bytes_per_example(self) -> dict[str, int]:
+        """plane -> bytes."""
+        return dict(self.index.manifest.planes)
+
+    def __enter__(self) -> TrainingIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.index.close()
+
+
+def build(
+    objective: Objective, examples: Examples, place: str | Path, form: Form | str = "auto",
+    layers: tuple[str, ...] | None = None, resume: bool = False, about: Mapping[str, Any] | None = None,
+    batch: int = BATCH, judge: bool = True,
+) -> TrainingIndex:  # fmt: skip
+    """Take the examples' gradients into an index at ``place``. ``resume``: go on with one that was stopped.
+
+    ``about``: what the manifest should say of where model and data come from; ``judge``: measure on a sample how well
+    this form, and the others, agree with EK-FAC (three more passes over the sample). Raises RunError, OutputError.
+    """
+    form = Form.of(form) if isinstance(form, str) else form
+    if not len(examples):
+        raise RunError("training examples", "there is none", "one or more")
+    index = _resumed(str(place), objective, examples, form, resume)
+    shelf = _Shelf(str(place), Manifest(
+        model=objective.fingerprint(), data=examples.fingerprint(), examples=len(examples), planes={"none": 1},
+        method=form.name, code=__version__,
+        settings={"form": asdict(form), "layers": list(layers) if layers else None, **dict(about or {})},
+    ), index)  # fmt: skip
+    projection = projection_of(form.init, form.size, form.seed, objective, examples, layers, shelf)
+    bank = bank_of(objective, examples, layers, projection)
+    scheme = form.scheme(bank.shapes)
+    if shelf.done and "stages" in shelf.tensors:
+        bank.stage_scale = _tensor(shelf.tensors["stages"])
+    elif bank.stage_scale is not None:
+        shelf.keep({"stages": bank.stage_scale.numpy()})
+    if judge and "trust/names" not in shelf.tensors:
+        shelf.keep(_as_tensors(judged(objective, examples, layers, form)))
+    skipped = run(scheme, bank, examples, shelf, batch, "index")
+    assert shelf.index is not None
+    shelf.index.close()
+    return TrainingIndex(shelf.index, _fitted(form, scheme, bank, examples, shelf, tuple(skipped.numbers)), form)
+
+
+def opened(place: str | Path, objective: Objective, examples: Examples) -> TrainingIndex:
+    """An index that was built, for this model and these examples. Raises RunError where it is of others, damaged or
+    not finished."""
+    index = Index.open(place, model=objective.fingerprint(), data=examples.fingerprint())
+    if index.done < index.manifest.examples:
+        found = f"it holds {index.done} of {index.manifest.examples} examples"
+        raise RunError(f"ask the index {place}", found, "whence index ... --resume, which goes on with it")
+    settings = index.manifest.settings
+    form = Form(**settings["form"])
+    layers = tuple(settings["layers"]) if settings["layers"] else None
+    shelf = _Shelf(str(place), index.manifest, index)
+    projection = projection_of(form.init, form.size, form.seed, objective, examples, layers, shelf)
+    bank = GradientBank(objective, layers, projection)
+    bank.check(examples[0], drop=True)
+    if "stages" in shelf.tensors:
+        bank.stage_scale = _tensor(shelf.tensors["stages"])
+    scheme = form.scheme(bank.shapes)
+    scheme.restore({k.removeprefix("learned/"): shelf.tensors[k] for k in shelf.tensors if k.startswith("learned/")})
+    skipped = tuple(int(i) for i in shelf.tensors["skipped"])
+    return TrainingIndex(index, _fitted(form, scheme, bank, examples, shelf, skipped), form)
+
+
+def _fitted(
+    form: Form, scheme: Scheme, bank: GradientBank, examples: Examples, shelf: _Shelf, skipped: tuple[int, ...]
+) -> Fitted:
+    notes = []
+    if bank.coverage < 1:
+        notes.append(f"{bank.coverage:.0%} of the trained weights are covered; not: {', '.join(bank.uncovered)}")
+    if skipped:
+        named = ", ".join(examples.label(i) for i in skipped[:5])
+        notes.append(f"{len(skipped)} examples have gradients that are not finite and score 0: {named}")
+    return Fitted(form.name, asdict(form), scheme, bank, examples, shelf, 0.0, skipped, tuple(notes))
+
+
+def _resumed(place: str, objective: Objective, examples: Examples, form: Form, resume: bool) -> Index | None:
+    """The index that is there, to go on with; None where there is none."""
+    if place_of(place).read(FILE) is None:
+        return None
+    index = Index.open(place, model=objective.fingerprint(), data=examples.fingerprint())
+    if not resume:
+        raise OutputError(f"build the index {place}", "there is one already", "--resume, or another place")
+    found = Form(**index.manifest.settings["form"])
+    if found != form:
+        raise RunError(f"go on with the index {place} as {form}", f"it was begun as {found}", "the same --format")
+    return index
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+# -- how far to trust it ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One form on a sample: bytes per example, and NDCG@20 and Spearman of its scores with EK-FAC's."""
+
+    form: str
+    bytes: int
+    ndcg: float
+    spearman: float
+
+
+def judged(objective: Objective, examples: Examples, layers: tuple[str, ...] | None, form: Form) -> list[Judged]:
+    """This form and others on :data:`JUDGED` examples, as ``ASKED`` of them ask for the rest: the curve of quality
+    against bytes. The measure is EK-FAC on the same sample, which follows retraining better than any (Spearman .84 to
+    .95 with LDS over 28 settings in the paper on EOGP)."""
+    from scipy.stats import spearmanr
+    from sklearn.metrics import ndcg_score
+
+    from ..objective import Listed
+
+    chosen = spread(examples, JUDGED)
+    if len(chosen) < 3 * ASKED:
+        return []
+    sample = Listed(tuple(chosen), tuple(map(str, range(len(chosen)))))
+    whole = bank_of(objective, sample, layers, None)
+    lists = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
+    curvature = KroneckerFisher(whole).fit(lambda: iter(lists), len(chosen))
+    queries = chosen[:: max(len(chosen) // ASKED, 1)][:ASKED]
+    asked = flat(curvature.inverse(finite(whole.gradients(queries), 0, Skipped())))
+    true = np.concatenate([(asked @ flat(finite(whole.gradients(x), 0, Skipped())).T).numpy() for x in lists], 1)
+    own = [next(i for i, c in enumerate(chosen) if c is q) for q in queries]
+    tried = {f"bits:{n}": Form("bits", form.size, n) for n in (256, 1024, 4096)} | {"int8": Form("int8", form.size)}
+    tried[f"bits:{form.bits}" if form.name == "bits" else form.name] = form
+    taken: dict[tuple[str, int], tuple[GradientBank, dict[str, Tensor], dict[str, Tensor]]] = {}
+    found = []
+    for name, one in tried.items():
+        key = (one.init, one.size)
+        if key not in taken:
+            projection = projection_of(one.init, one.size, one.seed, objective, sample, layers, Memory())
+            bank = bank_of(objective, sample, layers, projection)
+            taken[key] = bank, _all(bank, chosen), _all(bank, queries)
+        bank, gradients, of_queries = taken[key]
+        shelf, scheme = Memory(), one.scheme(bank.shapes)
+        scheme.learn(gradients)
+        shelf.append(scheme.encode(gradients))
+        scheme.finish(shelf)
+        codes = {plane: shelf.rows(plane, np.arange(len(chosen))) for plane in scheme.planes}
+        scores = scheme.score(scheme.prepare(of_queries), codes)
+        values = []
+        for q, me in enumerate(own):
+            others = np.arange(len(chosen)) != me  # a query's own example is found by any form
+            gain = np.clip(true[q][others], 0, None)
+            rank = float(np.nan_to_num(spearmanr(true[q][others], scores[q][others]).statistic))
+            values.append((ndcg_score([gain], [scores[q][others]], k=20) if gain.any() else 0.0, rank))
+        ndcg, rho = np.mean(values, 0)
+        found.append(Judged(name, sum(scheme.planes.values()), float(ndcg), float(rho)))
+    return found
+
+
+def _all(bank: GradientBank, examples: list[Any]) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    for at in range(0, len(examples), BATCH):
+        for name, g in finite(bank.gradients(examples[at : at + BATCH]), 0, Skipped()).items():
+            parts.setdefault(name, []).append(g.cpu())
+    return {name: torch.cat(gs) for name, gs in parts.items()}
+
+
+def _as_tensors(found: list[Judged]) -> dict[str, NDArray[Any]]:
+    names = "\n".join(j.form for j in found).encode()
+    return {
+        "trust/names": np.frombuffer(names or b"\n", np.uint8),
+        "trust/values": np.array([[j.bytes, j.ndcg, j.spearman] for j in found], np.float64).reshape(-1, 3),
+    }
+
+
+def judgement(index: Index) -> list[Judged]:
+    """What was measured when the index was built."""
+    if "trust/names" not in index.tensors:
+        return []
+    names = bytes(index.tensors["trust/names"]).decode().strip().split("\n")
+    values = index.tensors["trust/values"]
+    return [Judged(n, int(b), float(d), float(r)) for n, (b, d, r) in zip(names, values, strict=False)]
