@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from ..errors import MethodError
 from ..objective import Losses, Objective
-from .project import Projection
+from .project import EigenProjection, Projection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -96,7 +96,10 @@ class GradientBank:
     """
 
     def __init__(
-        self, objective: Objective, layers: Sequence[str] | None = None, projection: Projection | None = None
+        self,
+        objective: Objective,
+        layers: Sequence[str] | None = None,
+        projection: Projection | EigenProjection | None = None,
     ) -> None:
         self.objective, self.projection = objective, projection
         self.modules: dict[str, nn.Module] = {}

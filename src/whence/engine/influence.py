@@ -100,6 +100,10 @@ class Scheme(Protocol):
     sample: int
     """Examples whose gradients ``learn`` wants to see before the pass; 0: none."""
 
+    @property
+    def planes(self) -> dict[str, int]:
+        """Plane -> bytes per example; known once it has learned."""
+
     def learn(self, gradients: Mapping[str, Tensor]) -> None:
         """See a sample's gradients, layer -> [example, out, in]."""
 
@@ -117,8 +121,8 @@ class Scheme(Protocol):
     def prepare(self, gradients: Mapping[str, Tensor]) -> Any:
         """A query's side of the score, for gradients [query, out, in] of each layer."""
 
-    def score(self, prepared: Any, shelf: Shelf) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(number of the first row, score[query, row]) over all rows of the shelf."""
+    def score(self, prepared: Any, codes: Mapping[str, Codes]) -> NDArray[np.float32]:
+        """score[query, row] of rows of all planes."""
 
 
 def batches(examples: Examples, start: int = 0, stop: int | None = None, batch: int = BATCH) -> Iterator[list[Any]]:
@@ -225,8 +229,18 @@ class Fitted:
 
     def scores(self, queries: Sequence[Any]) -> NDArray[np.float32]:
         """score[query, example], larger where the example made the query's output more likely."""
-        blocks = [part for _, part in self.scheme.score(self.prepare(queries), self.shelf)]
-        return np.concatenate(blocks, 1)
+        return np.concatenate([part for _, part in self.stream(self.prepare(queries))], 1)
+
+    def stream(self, prepared: Any, rows: int = BLOCK) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(number of the first row, score[query, row]), block by block over all rows."""
+        planes = tuple(self.scheme.planes)
+        for parts in zip(*(self.shelf.blocks(plane, rows=rows) for plane in planes), strict=True):
+            codes = {plane: part for plane, (_, part) in zip(planes, parts, strict=True)}
+            yield parts[0][0], self.scheme.score(prepared, codes)
+
+    def at(self, prepared: Any, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+        """score[query, number] of these examples alone."""
+        return self.scheme.score(prepared, {p: self.shelf.rows(p, numbers) for p in self.scheme.planes})
 
     def explain(self, query: Any) -> Explanation:
         """Scores of all examples for one query."""
@@ -320,52 +334,6 @@ def fit(
     )  # fmt: skip
 
 
-# -- rows of numbers ----------------------------------------------------------------------------------------------
-
-
 def flat(gradients: Mapping[str, Tensor]) -> Tensor:
     """[example, all layers' numbers side by side], float32 on the CPU."""
     return torch.cat([g.detach().flatten(1).float().cpu() for g in gradients.values()], 1)
-
-
-def split(rows: Tensor, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """Back to layer -> [example, out, in]."""
-    parts = torch.split(rows, [a * b for a, b in shapes.values()], 1)
-    return {name: p.view(len(p), *shape) for (name, shape), p in zip(shapes.items(), parts, strict=True)}
-
-
-def half(rows: Tensor) -> Codes:
-    """float16 with a float32 scale for each row: gradients may be smaller than what float16 can hold."""
-    scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30)
-    codes = (rows / scale).half().numpy().view(np.uint8)
-    return np.concatenate([scale.numpy().view(np.uint8), codes], 1)
-
-
-def unhalf(codes: Codes) -> Tensor:
-    """float32 rows of :func:`half`."""
-    scale = torch.from_numpy(codes[:, :4].copy().view(np.float32))
-    return torch.from_numpy(np.ascontiguousarray(codes[:, 4:]).view(np.float16)).float() * scale
-
-
-def eighth(rows: Tensor, groups: Sequence[int]) -> Codes:
-    """int8 with a float32 scale for each row and group of columns (a layer)."""
-    parts = torch.split(rows, list(groups), 1)
-    scales = torch.stack([p.abs().amax(1) for p in parts], 1).clamp_min(1e-30) / 127
-    codes = torch.cat([(p / s[:, None]).round().to(torch.int8) for p, s in zip(parts, scales.T, strict=True)], 1)
-    return np.concatenate([scales.numpy().view(np.uint8), codes.numpy().view(np.uint8)], 1)
-
-
-def uneighth(codes: Codes, groups: Sequence[int]) -> Tensor:
-    """float32 rows of :func:`eighth`."""
-    head = 4 * len(groups)
-    scales = torch.from_numpy(codes[:, :head].copy().view(np.float32))
-    whole = torch.from_numpy(np.ascontiguousarray(codes[:, head:]).view(np.int8)).float()
-    return whole * scales.repeat_interleave(torch.tensor(groups), 1)
-
-
-def dense_score(
-    query: Tensor, shelf: Shelf, plane: str, decode: Callable[[Codes], Tensor]
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Inner products of queries [query, width] with decoded rows [row, width]."""
-    for start, codes in shelf.blocks(plane):
-        yield start, (query @ decode(codes).T).numpy()
