@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import MethodError, nearest
 
-ROOMS = ("inputs", "ablations", "edits", "checks")
+ROOMS = ("inputs", "ablations", "influence", "edits", "checks")
 """Packages whose files carry cards."""
 
 

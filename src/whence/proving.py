@@ -61,7 +61,11 @@ def asks_questions(card: Card) -> bool:
 def on_trial(card: Card) -> bool:
     """Whether a card's falsifier is a world's trial of explanations (else it is a test of its own, ``path::name``)."""
     trial = str(card.falsifier.get("trial", ""))
-    return bool(trial) and "::" not in trial and hasattr(load_method(card.name), "explain")
+    return (
+        bool(trial)
+        and "::" not in trial
+        and hasattr(load_method(card.name), "explain" if "influence" not in card.module else "fit")
+    )
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -285,7 +289,9 @@ def _explainer(name: str) -> tuple[str, Answers, Card | None]:
         from .worlds.registry import from_file
 
         return name.rpartition(":")[2], from_file(name, "explainer"), None
-    return name, load_method(name)().explain, card_of(name)
+    from .verbs import explainer
+
+    return name, explainer(name), card_of(name)
 
 
 @dataclass(frozen=True)

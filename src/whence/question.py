@@ -334,6 +334,22 @@ class Metered:
         self._spend(forwards=1)
         return self._white("implicit_attention").implicit_attention()
 
+    @property
+    def objective(self) -> Any:
+        """The trained model and its loss (capability "training examples"). Gradients of training examples ask the model
+        nothing about the output, so they count in seconds alone."""
+        return self._white("objective").objective
+
+    @property
+    def examples(self) -> Any:
+        """What it was trained on."""
+        return self._white("examples").examples
+
+    @property
+    def query(self) -> Any:
+        """The output, as an example of the objective."""
+        return self._white("query").query
+
     def refine(self, units: Iterable[int]) -> Metered:
         """See :meth:`TextQuestion.refine`; what is spent on it counts here."""
         return self._same_purse(self._white("refine").refine(units))

@@ -44,6 +44,30 @@ def load_text(model: Any = "facts") -> Any:
     return adapter
 
 
+def explainer(by: str) -> Any:
+    """A method with its default settings as a function of a run or a question. One of training examples makes its pass
+    over them once, and asks what it kept for each output."""
+    method = load_method(by)()
+    if hasattr(method, "explain"):
+        return method.explain
+    known: dict[tuple[str, str], Any] = {}
+
+    def explain(question: Any) -> Any:
+        if "training examples" not in question.capabilities:
+            raise MethodError(
+                f"{by} of this question",
+                f"it offers {sorted(question.capabilities)}",
+                "a question with training examples",
+            )
+        key = (question.objective.fingerprint(), question.examples.fingerprint())
+        if key not in known:
+            known.clear()  # questions come model by model; what was kept of the last one is not needed again
+            known[key] = method.fit(question.objective, question.examples)
+        return known[key].explain(question.query)
+
+    return explain
+
+
 def passes(by: str, question: Any) -> int:
     """How many forwards a method will ask of a question, as far as it knows beforehand."""
     verb = load_method(by)
@@ -56,7 +80,8 @@ def explain(run: Any, by: str = "daam", **settings: Any) -> Explanation:
     card = card_of(by)
     verb = load_method(by)
     if not hasattr(verb, "explain"):
-        kind = "writes a text" if hasattr(verb, "write") else "is a check"
+        kinds = {"write": "writes a text", "fit": "makes a pass over training examples first (whence index)"}
+        kind = next((says for has, says in kinds.items() if hasattr(verb, has)), "is a check")
         raise MethodError(f"explain by {by!r}", f"{by} {kind}, it explains none", f"whence.method.load({by!r})")
     try:
         method = verb(**settings)
