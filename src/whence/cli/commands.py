@@ -233,12 +233,15 @@ def query(
     verify: Annotated[
         bool, typer.Option("--verify", help="Put the answer on trial: a training step on the best against others.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write a page with the examples into this folder.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say which training examples an output came from, and how far to trust the answer."""
     from .query import Asked, query
 
-    query(Asked(index, run, prompt, text, seed, max_tokens, top, both_ends, verify), json)
+    query(Asked(index, run, prompt, text, seed, max_tokens, top, both_ends, verify, out), json)
 
 
 @app.command()

@@ -57,8 +57,10 @@ def query(asked: Asked, json: bool) -> None:
         found = index.search([example], asked.top)[0]
         seconds = time.monotonic() - began
         label = it.examples.label
+        verdicts = _verified(it, found, example) if asked.verify else []
         record: dict[str, Any] = {
-            "schema": "whence/query/1", "index": asked.index, "model": it.adapter.name, **said,
+            "schema": "whence/query/1", "method": index.form.name, "index": asked.index,
+            "model": it.adapter.name, **said,
             "examples": found.scanned, "scored_again": found.again, "seconds": round(seconds, 3),
             "top": [{"example": int(n), "label": label(int(n)), "score": float(s)}
                     for n, s in zip(found.numbers, found.scores, strict=True)],
@@ -74,11 +76,16 @@ def query(asked: Asked, json: bool) -> None:
                 {"example": int(n), "label": label(int(n)), "score": float(s)}
                 for n, s in zip(found.low_numbers, found.low_scores, strict=True)
             ]
-        if asked.verify:
-            record["verdict"] = _verified(it, index, found, example)
+        if verdicts:
+            record["verdicts"] = [v.record() for v in verdicts]
+        if asked.out:
+            from ..report.query_page import QueryBundle, write_query
+
+            picture = None if it.writes else made.images[0]
+            page = QueryBundle(record, it.examples, picture, verdicts, ["whence", *sys.argv[1:]])
+            record["report"] = str(write_query(page, asked.out))
         print(to_json.dumps(record, indent=1) if json else _lines(record))
         sys.stdout.flush()
-    del made
 
 
 def _with_run(asked: Asked) -> Asked:
@@ -112,11 +119,10 @@ def _output(it: Any, asked: Asked) -> tuple[Any, Any, dict[str, Any]]:
     return run, (asked.prompt, run.latents[0]), {"prompt": asked.prompt, "seed": run.settings.seed}
 
 
-def _verified(it: Any, index: Any, found: Any, example: Any) -> dict[str, Any]:
+def _verified(it: Any, found: Any, example: Any) -> list[Any]:
     from ..checks.tail_patch import tail_patch
 
-    verdict = tail_patch(found.numbers, it.objective, it.examples, example)
-    return verdict.record()  # type: ignore[no-any-return]
+    return [tail_patch(found.numbers, it.objective, it.examples, example)]
 
 
 def _lines(record: dict[str, Any]) -> str:
@@ -132,7 +138,6 @@ def _lines(record: dict[str, Any]) -> str:
         lines.append(f"the first stage let {share:.0%} of the best through, measured on {part} examples")
     for form, values in trust["agreement_with_ekfac"].items():
         lines.append(f"agreement of {form} with EK-FAC: NDCG@20 {values['ndcg_at_20']}, Spearman {values['spearman']}")
-    if "verdict" in record:
-        v = record["verdict"]
-        lines.append(f"verdict: {v['word']}: {v['claim']}")
+    lines += [f"verdict: {v['word']}: {v['claim']}" for v in record.get("verdicts", [])]
+    lines += [record["report"]] if "report" in record else []
     return "\n".join([*lines, f"{record['seconds']} s", *record["notes"]])

@@ -210,7 +210,7 @@ class Factors:
         return {name: u @ v.mT for name, (u, v) in self.factors(codes).items()}
 
     def score(self, queries: Mapping[str, Tensor], codes: Rows | Tensor) -> Scores:
-        flat = _flat(queries, self.shapes)
+        flat = side_by_side(queries, self.shapes)
         matrices = _split(flat, self.shapes)
 
         def block(rows: Tensor) -> Tensor:
@@ -259,18 +259,18 @@ def widths(shapes: Shapes) -> list[int]:
 
 def layers_of(gradients: Mapping[str, Tensor], shapes: Shapes) -> list[Tensor]:
     """Each layer's numbers [n, coordinate] in the codec's order, float32 on the CPU. Raises RunError."""
-    flat = _flat(gradients, shapes).cpu()
+    flat = side_by_side(gradients, shapes).cpu()
     bad = (~torch.isfinite(flat)).any(1).nonzero()[:, 0].tolist()
     if bad:
         named = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")
         raise RunError(
             f"keep gradients of {len(flat)} examples", f"NaN or infinite numbers in rows {named}", "finite numbers"
         )
-    return list(flat.split(widths(shapes), 1))
+    return list(torch.split(flat, widths(shapes), 1))
 
 
-def _flat(gradients: Mapping[str, Tensor], shapes: Shapes) -> Tensor:
-    """float32 [n, coordinates of all layers]."""
+def side_by_side(gradients: Mapping[str, Tensor], shapes: Shapes) -> Tensor:
+    """float32 [n, coordinates of all layers]. Raises RunError for other layers or shapes."""
     found = {name: tuple(g.shape) for name, g in gradients.items()}
     if {name: shape[1:] for name, shape in found.items()} != shapes or len({s[0] for s in found.values()}) != 1:
         raise RunError(
@@ -280,7 +280,7 @@ def _flat(gradients: Mapping[str, Tensor], shapes: Shapes) -> Tensor:
 
 
 def _split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    parts = flat.split(widths(shapes), 1)
+    parts = torch.split(flat, widths(shapes), 1)
     return {name: p.reshape(len(p), *shape) for (name, shape), p in zip(shapes.items(), parts, strict=True)}
 
 
@@ -296,7 +296,7 @@ def _head(scales: list[Tensor]) -> Iterator[Rows]:
 
 def _scaled(units: Tensor, head: Tensor, shapes: Shapes) -> Tensor:
     """Each layer's coordinates times its scale, in place."""
-    for part, scale in zip(units.split(widths(shapes), 1), _as(head, torch.bfloat16).T, strict=True):
+    for part, scale in zip(torch.split(units, widths(shapes), 1), _as(head, torch.bfloat16).T, strict=True):
         part *= scale[:, None]
     return units
 
@@ -324,7 +324,7 @@ def _tensor(codes: Rows | Tensor, stride: int, device: torch.device | None = Non
 
 
 def _products(codec: Signs | Numbers, queries: Mapping[str, Tensor], codes: Rows | Tensor) -> Scores:
-    q = _flat(queries, codec.shapes)
+    q = side_by_side(queries, codec.shapes)
     return _scores(len(q), codes, codec.stride, q.device, lambda block: q @ codec.flat(block).T)
 
 

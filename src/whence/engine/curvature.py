@@ -120,23 +120,39 @@ def truncated(
     return (basis @ vectors.flip(1))[:, :rank].float(), s[:rank].float()
 
 
-def factor_bases(bank: GradientBank, examples: Sequence[Any], batch: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """(Q_S [out, out], Q_A [in, in]) of each layer that has factors, columns by falling eigenvalue, over examples with
-    their own targets."""
+MOST = 2048
+"""Positions of a layer (tokens, places of a picture) that each batch gives to the moments of what goes in and out."""
+
+
+def leading(moments: Tensor, size: int) -> Tensor:
+    """The leading eigenvectors [width, size] of a matrix of second moments, columns by falling eigenvalue."""
+    width = len(moments)
+    if width <= 4 * size:
+        turned: Tensor = torch.linalg.eigh(moments.double())[1].flip(1)[:, :size].float()
+        return turned
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(width)
+        vectors: Tensor = torch.svd_lowrank(moments.float(), q=size + 8, niter=4)[0][:, :size]
+        return vectors
+
+
+def factor_bases(
+    bank: GradientBank, examples: Sequence[Any], batch: int, size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(Q_S [out, size], Q_A [in, size]) of each layer that has factors, columns by falling eigenvalue, over examples
+    with their own targets."""
     s_sum: dict[str, Any] = {}
     a_sum: dict[str, Any] = {}
     with progress("projection", total=len(examples), unit="examples") as advance:
         for at in range(0, len(examples), batch):
-            for layer, a, g in bank.factors(examples[at : at + batch]):
+            for layer, a, g in bank.factors(examples[at : at + batch], most=MOST):
                 a, g = a.flatten(0, 1), g.flatten(0, 1)
-                if bool(torch.isfinite(g).all()) and bool(torch.isfinite(a).all()):
-                    a_sum[layer.name] = a_sum.get(layer.name, 0) + (a.T @ a).double().cpu()
-                    s_sum[layer.name] = s_sum.get(layer.name, 0) + (g.T @ g).double().cpu()
+                a_new, s_new = (a.T @ a).cpu(), (g.T @ g).cpu()
+                if bool(torch.isfinite(a_new).all()) and bool(torch.isfinite(s_new).all()):
+                    a_sum[layer.name] = a_sum.get(layer.name, 0) + a_new
+                    s_sum[layer.name] = s_sum.get(layer.name, 0) + s_new
             advance(len(examples[at : at + batch]))
-    return {
-        name: (torch.linalg.eigh(s)[1].flip(1).float(), torch.linalg.eigh(a_sum[name])[1].flip(1).float())
-        for name, s in s_sum.items()
-    }
+    return {name: (leading(s, size), leading(a_sum[name], size)) for name, s in s_sum.items()}
 
 
 class KroneckerFisher:
@@ -166,7 +182,7 @@ class KroneckerFisher:
         seen = 0
         with progress("curvature", total=2 * total, unit="examples") as advance:
             for number, batch in enumerate(batches()):
-                for layer, a, g in self.bank.factors(batch, self._losses(number)):
+                for layer, a, g in self.bank.factors(batch, self._losses(number), MOST):
                     a, g = a.flatten(0, 1), g.flatten(0, 1)
                     a_sum[layer.name] = a_sum.get(layer.name, 0) + a.T @ a
                     s_sum[layer.name] = s_sum.get(layer.name, 0) + g.T @ g

@@ -275,20 +275,34 @@ class GradientBank:
         self.stage_scale = (total / count).clamp_min(1e-20)
 
     def factors(
-        self, examples: Sequence[Any], losses: Callable[..., Losses] | None = None
+        self, examples: Sequence[Any], losses: Callable[..., Losses] | None = None, most: int | None = None
     ) -> Iterator[tuple[Layer, Tensor, Tensor]]:
         """(layer, a [row, position, in], g [row, position, out]) for layers whose gradient is a sum of outer products,
-        as K-FAC wants them; not for scales and embeddings, whose gradients are no such sums worth factoring."""
+        as K-FAC wants them; not for scales and embeddings, whose gradients are no such sums worth factoring. ``most``:
+        about so many positions of a layer's, of evenly spaced rows, where moments alone are wanted."""
         caught, back, found = self._run(examples, losses or self.objective.losses)
         with torch.no_grad():
             for layer in self.layers:
                 if layer.name not in self.factored or layer.name not in caught:
                     continue
                 pairs = [
-                    (self._inputs(layer, layer.name, c.a, found), self._outputs(layer, g, found))
-                    for c, g in zip(caught[layer.name], back[layer.name], strict=True)
+                    (self._inputs(layer, layer.name, a, found), self._outputs(layer, g, found))
+                    for a, g in (
+                        self._thinned(c.a, g, found, most)
+                        for c, g in zip(caught[layer.name], back[layer.name], strict=True)
+                    )
                 ]
                 yield layer, torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)
+
+    @staticmethod
+    def _thinned(a: Tensor, g: Tensor, found: Losses, most: int | None) -> tuple[Tensor, Tensor]:
+        """Evenly spaced rows, so many that they have about ``most`` positions."""
+        rows = len(found.values)
+        if most is None or len(g) != rows or len(a) != rows:
+            return a, g
+        places = max(g[0].numel() // max(g.shape[1 if g.ndim > 3 else -1], 1), 1)
+        keep = torch.linspace(0, rows - 1, max(min(rows, most // places), 1), device=g.device).long()
+        return a[keep], g[keep]
 
     # -- one forward and one backward ---------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 KIND = "training example"
 BATCH = 16
-SAMPLE = 256
+SAMPLE = 64
 """Examples that a projection's eigenvectors are learned from."""
 BLOCK = 16_384
 """Rows of a shelf that are scored at once."""
@@ -293,8 +293,8 @@ def projection_of(
 
         bank = GradientBank(objective, layers)
         bank.check(examples[0], drop=True)
-        found = factor_bases(bank, spread(examples, SAMPLE), BATCH)
-        sides = {name: {"out": s[:, :size].clone(), "in": a[:, :size].clone()} for name, (s, a) in found.items()}
+        found = factor_bases(bank, spread(examples, SAMPLE), BATCH, size)
+        sides = {name: {"out": s.contiguous(), "in": a.contiguous()} for name, (s, a) in found.items()}
         shelf.keep({f"projection/{name}/{k}": v.numpy() for name, pair in sides.items() for k, v in pair.items()})
     return EigenProjection(size, seed, {name: (pair["out"], pair["in"]) for name, pair in sides.items()})
 

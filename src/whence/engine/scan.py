@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
-from .codes import Signs
+from .codes import Signs, side_by_side
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,15 +61,14 @@ class Scan:
 
     def __init__(self, codec: Signs, queries: Mapping[str, Tensor]) -> None:
         self.codec, self.queries = codec, dict(queries)
-        parts = [queries[name].detach().flatten(1).double().cpu().numpy() for name in codec.shapes]
-        self._count = len(parts[0])
-        if not all(np.isfinite(p).all() for p in parts):
-            raise RunError(f"scan for {self._count} queries", "NaN or infinite coordinates", "finite numbers")
-        on_cpu = all(q.device.type == "cpu" for q in queries.values())
-        self.compiled = on_cpu and self._count > 0 and codec.stride > codec.head and target() is not None
-        self.error = np.zeros((self._count, len(parts)), np.float32)
+        flat = side_by_side(queries, codec.shapes)
+        bad = (~torch.isfinite(flat)).any(1).nonzero()[:, 0].tolist()
+        if bad:
+            raise RunError(f"scan for query {bad[0]}", "NaN or infinite coordinates", "finite numbers")
+        self.compiled = flat.device.type == "cpu" and flat.numel() > 0 and target() is not None
+        self.error = np.zeros((len(flat), len(codec.shapes)), np.float32)
         if self.compiled:
-            self._tables, self.error = _tables(parts, codec)
+            self._tables, self.error = _tables(flat.double().numpy(), codec)
 
     def scores(self, codes: Rows | Tensor) -> Scores:
         """[query, example] of rows [example, stride]."""
@@ -82,8 +81,9 @@ class Scan:
         n = len(rows)
         blocks, together = self._tables.steps.shape[::2]
         out = np.empty((blocks * together, -(-n // TILE) * TILE), np.float32)
-        # The kernel reads up to a chunk past the end of a row: the last rows are scanned in a copy with room behind.
-        whole = max(n - 1, 0) // TILE
+        # The kernel reads up to a chunk past the start of a row's last byte: rows without as many bytes behind them are
+        # scanned in a copy that has room.
+        whole = max(n - -(-CHUNK // rows.shape[1]), 0) // TILE
         threads = torch.get_num_threads() if n > SMALL else 1
         bounds = [whole * i // threads for i in range(threads + 1)]
         if threads == 1:
@@ -91,11 +91,10 @@ class Scan:
         else:
             pool = _pool(threads, os.getpid())
             list(pool.map(lambda start, stop: self._run(rows, start, stop, out), bounds[:-1], bounds[1:]))
-        if n:
-            rest = np.zeros((TILE + CHUNK, rows.shape[1]), np.uint8)
-            rest[: n - whole * TILE] = rows[whole * TILE :]
-            self._run(rest, 0, 1, out[:, whole * TILE :])
-        return out[: self._count, :n]
+        rest = np.zeros((2 * TILE + CHUNK, rows.shape[1]), np.uint8)
+        rest[: n - whole * TILE] = rows[whole * TILE :]
+        self._run(rest, 0, -(-n // TILE) - whole, out[:, whole * TILE :])
+        return out[: len(self.error), :n]
 
     def _run(self, rows: Rows, start: int, stop: int, out: Scores) -> None:
         """Scan tiles ``start`` to ``stop``."""
@@ -133,15 +132,16 @@ class _Tables:
     offsets: NDArray[np.int64]
 
 
-def _tables(parts: list[NDArray[np.float64]], codec: Signs) -> tuple[_Tables, NDArray[np.float32]]:
-    """Tables of queries [query, coordinate] of each layer, and their error [query, layer]."""
+def _tables(flat: NDArray[np.float64], codec: Signs) -> tuple[_Tables, NDArray[np.float32]]:
+    """Tables of queries [query, coordinates of all layers], and their error [query, layer]."""
     signs = 2.0 * (np.arange(16)[:, None] >> np.arange(4) & 1) - 1  # [nibble, coordinate]
-    count = len(parts[0])
+    count = len(flat)
     blocks = -(-count // TOGETHER)
     together = -(-count // blocks)
     queries = blocks * together
     numbers, steps, bases, ends, groups, offsets = [], [], [], [], [], []
-    error = np.zeros((queries, len(parts)), np.float32)
+    error = np.zeros((queries, len(codec.spans)), np.float32)
+    parts = np.split(flat, np.cumsum([bits for _, bits in codec.spans])[:-1], 1)
     for group, (x, (at, bits)) in enumerate(zip(parts, codec.spans, strict=True)):
         chunks = -(-bits // (8 * CHUNK))
         # Coordinates past the layer's end are 0: the neighbour's bits, read along, add nothing.
@@ -177,7 +177,7 @@ def _tables(parts: list[NDArray[np.float64]], codec: Signs) -> tuple[_Tables, ND
 def target() -> Any:
     """The machine to compile for; None where the kernel cannot run."""
     try:
-        from llvmlite import binding
+        from llvmlite import binding  # type: ignore[import-untyped]
     except ImportError:
         return None
     binding.initialize_native_target()
@@ -197,7 +197,7 @@ def kernel(stride: int, heads: int, queries: int) -> Callable[..., None]:
 
     module = binding.parse_assembly(str(_program(stride, heads, queries)))
     module.verify()
-    passes = binding.create_pass_builder(target(), binding.create_pipeline_tuning_options(speed_level=2))
+    passes = binding.create_pass_builder(target(), binding.create_pipeline_tuning_options(speed_level=1))
     passes.getModulePassManager().run(module, passes)
     engine = binding.create_mcjit_compiler(module, target())
     engine.finalize_object()

@@ -20,9 +20,10 @@ from ..errors import OutputError
 SCHEMA = "whence/explanation/1"
 RECORD = "explanation.json"
 TEXT_RECORD = "report.json"
-OURS = ("report.html", "maps.npz", RECORD, TEXT_RECORD)
+QUERY_RECORD = "query.json"
+OURS = ("report.html", "maps.npz", RECORD, TEXT_RECORD, QUERY_RECORD)
 """Files of a report, beside ``image.png``, ``image-2.png`` and so on."""
-SCHEMAS = {RECORD: "whence/explanation/", TEXT_RECORD: "whence-text-explanation/"}
+SCHEMAS = {RECORD: "whence/explanation/", TEXT_RECORD: "whence-text-explanation/", QUERY_RECORD: "whence/query/"}
 """A report's record, of pictures or of text, and how its schema begins. One may take the other's place."""
 
 
