@@ -230,6 +230,13 @@ def query(
     both_ends: Annotated[
         bool, typer.Option("--both-ends", help="Also the examples that made the output less likely.")
     ] = False,
+    exact: Annotated[
+        int | None,
+        typer.Option(
+            help="Score so many of each end once more by EK-FAC, from their gradients; 0: none.",
+            show_default="what 10 s allow",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Put the answer on trial: a training step on the best against others.")
     ] = False,
@@ -241,7 +248,7 @@ def query(
     """Say which training examples an output came from, and how far to trust the answer."""
     from .query import Asked, query
 
-    query(Asked(index, run, prompt, text, seed, max_tokens, top, both_ends, verify, out), json)
+    query(Asked(index, run, prompt, text, seed, max_tokens, top, both_ends, verify, out, exact), json)
 
 
 @app.command()

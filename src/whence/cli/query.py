@@ -26,6 +26,7 @@ class Asked:
     both_ends: bool = False
     verify: bool = False
     out: Path | None = None
+    exact: int | None = None
 
 
 def query(asked: Asked, json: bool) -> None:
@@ -41,6 +42,8 @@ def query(asked: Asked, json: bool) -> None:
             "--prompt and a report's folder: one of them is needed",
             'whence query IX --prompt "a red circle"',
         )
+    if asked.exact is not None and asked.exact < 0:
+        raise RunError(f"--exact {asked.exact}", "less than none", "0 or more")
     if asked.top < 1:
         raise RunError(f"--top {asked.top}", "nothing to show", "1 or more")
     asked = _with_run(asked)
@@ -54,14 +57,15 @@ def query(asked: Asked, json: bool) -> None:
     with opened(asked.index, it.objective, it.examples) as index:
         made, example, said = _output(it, asked)
         began = time.monotonic()
-        found = index.search([example], asked.top)[0]
+        found = index.search([example], asked.top, asked.exact)[0]
         seconds = time.monotonic() - began
         label = it.examples.label
         verdicts = _verified(it, found, example) if asked.verify else []
         record: dict[str, Any] = {
             "schema": "whence/query/1", "method": index.form.name, "index": asked.index,
             "model": it.adapter.name, **said,
-            "examples": found.scanned, "scored_again": found.again, "seconds": round(seconds, 3),
+            "examples": found.scanned, "scored_again": found.again, "scored_by_ekfac": found.exact,
+            "seconds": round(seconds, 3),
             "top": [{"example": int(n), "label": label(int(n)), "score": float(s)}
                     for n, s in zip(found.numbers, found.scores, strict=True)],
             "trust": {
@@ -133,6 +137,8 @@ def _lines(record: dict[str, Any]) -> str:
         lines += [f"{name} of {record['examples']} training examples"] if rows else []
         lines += [f"  {r['score']:+.3e}  #{r['example']:<6} {r['label']}" for r in rows]
     trust = record["trust"]
+    if record["scored_by_ekfac"]:
+        lines.append(f"{record['scored_by_ekfac']} of them were scored once more by EK-FAC, these are its scores")
     if trust["recall_of_first_stage"] is not None:
         share, part = trust["recall_of_first_stage"], trust["on_examples"]
         lines.append(f"the first stage let {share:.0%} of the best through, measured on {part} examples")

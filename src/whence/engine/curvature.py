@@ -200,9 +200,12 @@ class KroneckerFisher:
                     square = (self.into(name, g) ** 2).sum(0)
                     self.values[name] = self.values.get(name, 0) + square / seen
                 advance(len(batch))
-        # The customary damping (Grosse et al. 2023): a tenth of the mean eigenvalue of each layer.
-        self.damping = {name: 0.1 * float(v.mean()) for name, v in self.values.items()}
+        self.settle()
         return self
+
+    def settle(self) -> None:
+        """The customary damping (Grosse et al. 2023): a tenth of the mean eigenvalue of each layer."""
+        self.damping = {name: 0.1 * float(v.mean()) for name, v in self.values.items()}
 
     def into(self, name: str, g: Tensor) -> Tensor:
         """A layer's gradients [..., out, in] in its eigenbasis."""

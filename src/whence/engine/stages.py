@@ -7,17 +7,19 @@ their int8 rows. How many of the true best twenty the first stage let through is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from .influence import BLOCK, Fitted, Scheme, Shelf
+from .influence import BATCH, BLOCK, Fitted, Scheme, Shelf, Skipped, finite, flat
 from .scan import Ends, top
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from .curvature import KroneckerFisher
 
 LEAST = 256
 """At least so many of each end are scored again."""
@@ -64,9 +66,13 @@ class Both:
 
 @dataclass(frozen=True)
 class Found:
-    """The ends of one query's ranking: ``numbers`` and ``scores`` of the best, ``low_numbers`` and ``low_scores`` of
-    the lowest (the lowest first); ``scanned`` and ``again``: examples scored in the two stages; ``recall``: share of
-    the best ``k`` of a slice of ``slice`` examples, by the large form, that were among those scored again."""
+    """The ends of one query's ranking.
+
+    ``numbers`` and ``scores`` of the best, ``low_numbers`` and ``low_scores`` of the lowest (the lowest first);
+    ``scanned`` and ``again``: examples scored in the first two stages; ``recall``: share of the best ``k`` of a slice of
+    ``slice`` examples, by the large form, that were among those scored again; ``exact``: how many were scored once more
+    by EK-FAC.
+    """
 
     numbers: NDArray[np.int64]
     scores: NDArray[np.float32]
@@ -76,6 +82,7 @@ class Found:
     again: int
     recall: float | None = None
     slice: int = 0
+    exact: int = 0
 
 
 def search(
@@ -137,3 +144,17 @@ def _found(ends: Ends, q: int, scanned: int, again: int, recall: float | None, p
     low = ends.worst
     assert low is not None
     return Found(ends.best.rows[q], ends.best.scores[q], low.rows[q], low.scores[q], scanned, again, recall, part)
+
+
+def once_more(found: Found, curvature: KroneckerFisher, fitted: Fitted, query: Any, k: int) -> Found:
+    """The last stage: all that was found, scored once more by EK-FAC from gradients taken anew."""
+    numbers = np.unique(np.concatenate([found.numbers, found.low_numbers]))
+    asked = flat(curvature.inverse(curvature.bank.gradients([query])))
+    parts = []
+    for at in range(0, len(numbers), BATCH):
+        chosen = [fitted.examples[int(i)] for i in numbers[at : at + BATCH]]
+        good = finite(curvature.bank.gradients(chosen), at, Skipped())
+        parts.append((asked @ flat(good).T).numpy())
+    ends = top([(numbers, np.concatenate(parts, 1))], min(k, len(numbers)))
+    last = _found(ends, 0, found.scanned, found.again, found.recall, found.slice)
+    return replace(last, exact=len(numbers))

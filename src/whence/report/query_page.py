@@ -90,6 +90,8 @@ def _trust(record: dict[str, Any]) -> list[tuple[str, str]]:
     if trust["recall_of_first_stage"] is not None:
         share = f"{trust['recall_of_first_stage']:.0%} on {trust['on_examples']} examples"
         rows += [("scored again in the second stage", str(record["scored_again"])), ("best ones it let through", share)]
+    if record["scored_by_ekfac"]:
+        rows.append(("scored once more by EK-FAC", str(record["scored_by_ekfac"])))
     for form, values in trust["agreement_with_ekfac"].items():
         rows.append((f"agreement of {form} with EK-FAC, on a sample", f"NDCG@20 {values['ndcg_at_20']}"))
         rows.append(("rank correlation with EK-FAC, on a sample", str(values["spearman"])))

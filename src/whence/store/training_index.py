@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..engine.curvature import KroneckerFisher
 from ..engine.gradients import GradientBank
 from ..engine.influence import BATCH, Fitted, Memory, Scheme, Skipped, bank_of, finite, flat, projection_of, spread
 from ..engine.influence import build as run
-from ..engine.stages import Both, Found, search
+from ..engine.stages import Both, Found, once_more, search
 from ..errors import OutputError, RunError
 from ..influence.eogp import EOGP
 from ..influence.logra import LoGRA
@@ -40,8 +41,12 @@ if TYPE_CHECKING:
     from ..objective import Examples, Objective
 
 FORMS = "auto, bits, bits:N, int8, lorif:C"
+SECONDS, MOST_EXACT = 10.0, 256
+"""What the last stage may take unless it is said how many it is of, and how many of each end at most."""
 JUDGED, ASKED = 64, 8
 """Examples that forms are held against EK-FAC on, and how many of them are the queries."""
+FACTORED = 256
+"""Examples that EK-FAC is taken over, for a model of at most:"""
 JUDGED_WEIGHTS = 1_500_000
 """Weights that whole gradients are taken of for that: of a larger model, evenly spaced layers."""
 
@@ -131,15 +136,28 @@ class TrainingIndex:
     fitted: Fitted
     form: Form
 
-    def search(self, queries: Sequence[Any], k: int = 20) -> list[Found]:
-        """Both ends of the ranking for each query."""
-        if not 1 <= k <= int(self.index.alive.sum()):
-            raise RunError(
-                f"the best {k} examples",
-                f"{int(self.index.alive.sum())} are in the index",
-                "--top of 1 or more, not more",
-            )
-        return search(self.fitted, queries, k, None if self.index.alive.all() else self.index.alive)
+    def search(self, queries: Sequence[Any], k: int = 20, exact: int | None = 0) -> list[Found]:
+        """Both ends of the ranking for each query. ``exact``: so many of each end are scored once more by EK-FAC, from
+        their gradients anew; None: as many as about SECONDS allow. Raises RunError where EK-FAC was not kept."""
+        here = int(self.index.alive.sum())
+        if not 1 <= k <= here:
+            raise RunError(f"the best {k} examples", f"{here} are in the index", "--top of 1 or more, not more")
+        alive = None if self.index.alive.all() else self.index.alive
+        curvature = None if exact == 0 else _restored(self.index, self.fitted.bank)
+        if exact is None and curvature is not None:
+            began = time.monotonic()
+            curvature.bank.gradients([self.fitted.examples[0]] * 4)
+            each = (time.monotonic() - began) / 4
+            exact = min(int(SECONDS / max(each, 1e-4) / 2 / len(queries)), MOST_EXACT)
+        if not exact or curvature is None:
+            if exact:
+                found = "EK-FAC was not kept: the model is too large, or the index was built with judge=False"
+                raise RunError(f"the best {exact} scored by EK-FAC", found, "--exact 0")
+            return search(self.fitted, queries, k, alive)
+        return [
+            once_more(f, curvature, self.fitted, q, k)
+            for f, q in zip(search(self.fitted, queries, min(max(exact, k), here), alive), queries, strict=True)
+        ]
 
     def bytes_per_example(self) -> dict[str, int]:
         """plane -> bytes."""
@@ -179,7 +197,8 @@ def build(
     elif bank.stage_scale is not None:
         shelf.keep({"stages": bank.stage_scale.numpy()})
     if judge and "trust/names" not in shelf.tensors:
-        shelf.keep(_as_tensors(judged(bank, examples, form)))
+        exact = _exact(bank, examples)
+        shelf.keep(_as_tensors(judged(bank, examples, form, exact)) | _of_exact(exact, bank))
     skipped = run(scheme, bank, examples, shelf, batch, "index")
     assert shelf.index is not None
     shelf.index.close()
@@ -250,7 +269,7 @@ class Judged:
     spearman: float
 
 
-def judged(bank: GradientBank, examples: Examples, form: Form) -> list[Judged]:
+def judged(bank: GradientBank, examples: Examples, form: Form, curvature: KroneckerFisher) -> list[Judged]:
     """This form and others of its projection on :data:`JUDGED` examples (of a large model by some of its layers), as
     ``ASKED`` of them ask for the rest: the curve of quality against bytes. The measure is EK-FAC on the same sample,
     which follows retraining better than any (NDCG@20 .95 with LDS over 28 settings in the paper on EOGP)."""
@@ -260,12 +279,9 @@ def judged(bank: GradientBank, examples: Examples, form: Form) -> list[Judged]:
     chosen = spread(examples, JUDGED)
     if len(chosen) < 3 * ASKED:
         return []
-    names = _some_layers(bank)
-    whole = GradientBank(bank.objective, names)
-    whole.check(chosen[0], drop=True)
-    whole.stage_scale = bank.stage_scale
+    whole = curvature.bank
+    names = {layer.name for layer in whole.layers}
     lists = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
-    curvature = KroneckerFisher(whole).fit(lambda: iter(lists), len(chosen))
     queries = chosen[:: max(len(chosen) // ASKED, 1)][:ASKED]
     asked = flat(curvature.inverse(finite(whole.gradients(queries), 0, Skipped())))
     true = np.concatenate([(asked @ flat(finite(whole.gradients(x), 0, Skipped())).T).numpy() for x in lists], 1)
@@ -294,6 +310,46 @@ def judged(bank: GradientBank, examples: Examples, form: Form) -> list[Judged]:
             values.append((ndcg_score([gain], [scores[q][others]], k=20) if gain.any() else 0.0, rank))
         ndcg, rho = np.mean(values, 0)
         found.append(Judged(name, sum(scheme.planes.values()), float(ndcg), float(rho)))
+    return found
+
+
+def _exact(bank: GradientBank, examples: Examples) -> KroneckerFisher:
+    """EK-FAC of the bank's layers (of a large model: of some) over a sample, for judging and for the last stage."""
+    names = _some_layers(bank)
+    whole = GradientBank(bank.objective, names)
+    whole.check(examples[0], drop=True)
+    whole.stage_scale = bank.stage_scale
+    sample = spread(examples, JUDGED if len(names) < len(bank.layers) else FACTORED)
+    lists = [sample[i : i + BATCH] for i in range(0, len(sample), BATCH)]
+    return KroneckerFisher(whole).fit(lambda: iter(lists), len(sample))
+
+
+def _of_exact(curvature: KroneckerFisher, bank: GradientBank) -> dict[str, NDArray[Any]]:
+    """What the last stage needs, where EK-FAC is of all layers; nothing for a model too large for that."""
+    if len(curvature.bank.layers) < len(bank.layers):
+        return {}
+    found: dict[str, NDArray[Any]] = {}
+    for name, values in curvature.values.items():
+        found[f"exact/values/{name}"] = values.numpy()
+        for side, basis in zip(("out", "in"), curvature.bases.get(name, ()), strict=False):
+            found[f"exact/{side}/{name}"] = basis.numpy()
+    return found
+
+
+def _restored(index: Index, bank: GradientBank) -> KroneckerFisher | None:
+    """EK-FAC as it was kept; None where it was not."""
+    names = [layer.name for layer in bank.layers]
+    held = set(index.tensors)
+    if not all(f"exact/values/{n}" in held for n in names):
+        return None
+    whole = GradientBank(bank.objective, names)
+    whole.stage_scale = bank.stage_scale
+    found = KroneckerFisher(whole)
+    for n in names:
+        found.values[n] = _tensor(index.tensors[f"exact/values/{n}"])
+        if f"exact/out/{n}" in held:
+            found.bases[n] = _tensor(index.tensors[f"exact/out/{n}"]), _tensor(index.tensors[f"exact/in/{n}"])
+    found.settle()
     return found
 
 
