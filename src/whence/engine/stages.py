@@ -69,9 +69,9 @@ class Found:
     """The ends of one query's ranking.
 
     ``numbers`` and ``scores`` of the best, ``low_numbers`` and ``low_scores`` of the lowest (the lowest first);
-    ``scanned`` and ``again``: examples scored in the first two stages; ``recall``: share of the best ``k`` of a slice of
-    ``slice`` examples, by the large form, that were among those scored again; ``exact``: how many were scored once more
-    by EK-FAC.
+    ``scanned`` and ``again``: examples scored in the first two stages; ``recall``: share of the best ``k`` of a slice
+    of ``slice`` examples, by the large form, that were among those scored again; ``exact``: how many were scored once
+    more by EK-FAC.
     """
 
     numbers: NDArray[np.int64]
