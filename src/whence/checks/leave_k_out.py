@@ -76,8 +76,9 @@ def leave_k_out(
 
     return sequential(
         draw, claim=claim or f"without {len(gone)} training examples the output would be gone",
-        delta=delta, looks=looks, readout="fall of the readout", intervention=f"trained again without the {len(gone)} named examples and those "
-        f"like them; the control: without {len(gone)} others, drawn anew for each seed",
+        delta=delta, looks=looks, readout="fall of the readout",
+        intervention=f"trained again without the {len(gone)} named examples and those like them; the control: without "
+        f"{len(gone)} others, drawn anew for each seed",
     )  # fmt: skip
 
 
