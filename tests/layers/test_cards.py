@@ -60,7 +60,7 @@ def test_a_card_points_at_rows_and_verbs_that_exist(card: Card) -> None:
     assert callable(verb)
     room = card.module.split(".")[1]
     assert hasattr(verb, "explain") == (room in ("inputs", "ablations"))
-    assert hasattr(verb, "fit") == (room == "influence")
+    assert room != "influence" or hasattr(verb, "fit")
     assert room != "edits" or hasattr(verb, "write")
 
 
