@@ -40,12 +40,12 @@ CARD = Card(
     needs=("training examples",),
     cost="one forward and backward per training example and two more for a sample; bits / 8 + 2 bytes per "
     "example; one forward and backward per query and a scan",
-    claim="Signs of half-whitened coordinates find the examples that taught the model an outcome, above their twins.",
+    claim="Examples that taught the model an outcome score above louder ones, whose gradients are larger.",
     falsifier={
-        "trial": "carriers.marks",
-        "planted": "the carriers, whose mark goes with one label throughout",
+        "trial": "carriers.loud",
+        "planted": "the carriers of the mark that decides; the other mark's examples have larger gradients",
         "expect": 0.9,
-        "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
+        "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5; grad_dot .32",
         "seconds": 60,
     },
     departs="Written from a summary, not from the paper's text: which basis, which bits and the scale "

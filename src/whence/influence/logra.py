@@ -37,12 +37,12 @@ CARD = Card(
     works_on=("language models", "diffusion models", "classifiers", "graph nets"),
     needs=("training examples",),
     cost="one forward and backward per training example, once; one per query, then a scan of size^2 numbers per layer",
-    claim="Examples that taught the model an outcome score above their twins, which carry the same label.",
+    claim="Examples that taught the model an outcome score above louder ones, whose gradients are larger.",
     falsifier={
-        "trial": "carriers.marks",
-        "planted": "the carriers, whose mark goes with one label throughout",
+        "trial": "carriers.loud",
+        "planted": "the carriers of the mark that decides; the other mark's examples have larger gradients",
         "expect": 0.9,
-        "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
+        "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5; grad_dot .32",
         "seconds": 60,
     },
     departs="Biases, embeddings and norms are projected too, not linear layers alone. Rademacher entries. lambda by "

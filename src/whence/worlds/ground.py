@@ -168,6 +168,9 @@ def minimal(sets: Iterable[frozenset[int]]) -> frozenset[frozenset[int]]:
 
 def trouble(planted: Planted) -> str:
     """Why this question may not be asked; "" if the actual model and its sibling do what was planted."""
+    own = getattr(planted, "trouble", None)
+    if own:  # a kind of question that certifies itself, as one that is answered by training again
+        return str(own())
     for side, p in (("", planted), ("sibling: ", planted.mirrored())):
         found = _trouble(p)
         if found:

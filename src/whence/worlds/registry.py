@@ -25,6 +25,7 @@ WORLDS: Mapping[str, str] = MappingProxyType(
         "circuits": "whence.worlds.circuits",
         "words": "whence.worlds.shapes.words",
         "facts": "whence.worlds.facts.asking",
+        "carriers": "whence.worlds.carriers",
     }
 )
 KEY = "whence-ground-1"
