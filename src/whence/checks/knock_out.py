@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..answers import holds, put
 from ..errors import MethodError, PromptError
 from ..method import Card
 from ..verdict import THIS_RUN, Verdict, judge_run, unmeasured
@@ -94,30 +95,30 @@ def knock_out(question: Any, answer: str, others: Sequence[str]) -> Grounding:
     Raises PromptError where the answer is not in the output, MethodError for values that cannot be told from it.
     """
     run: TextRun = question.run
-    if not _holds(run.text, answer):
+    if not holds(run.text, answer):
         raise PromptError(f"the answer {answer!r}", f"the model wrote {run.text!r}", "a piece of the output")
     names = question.units.names
-    values = tuple(dict.fromkeys(v for v in others if not _holds(run.prompt, v) and not _holds(v, answer)))
+    values = tuple(dict.fromkeys(v for v in others if not holds(run.prompt, v) and not holds(v, answer)))
     if len(values) < 3:
         raise MethodError(
             f"the check knock_out with {len(others)} other values", f"{len(values)} that stand nowhere in the prompt",
             "three or more values that could be the answer and are not said",
         )  # fmt: skip
     claim = f"{answer!r} was read in the passages that hold it"
-    holding = tuple(i for i, name in enumerate(names) if _holds(name, answer))
+    holding = tuple(i for i, name in enumerate(names) if holds(name, answer))
     if not holding:
         return Grounding(unmeasured(claim, THIS_RUN, "no passage holds the answer", MOST), ())
-    texts = [_write(run, question, {i: _put(names[i], answer, v) for i in holding}) for v in values]
+    texts = [_write(run, question, {i: put(names[i], answer, v) for i in holding}) for v in values]
     idle = [i for i in range(len(names)) if i not in holding]
     controls: dict[str, list[float]] = {}
     if idle:
         edited = [
-            _write(run, question, {i: _end(names[i], v) for i in idle[k % len(idle) :][: len(holding)]})
+            _write(run, question, {i: end_with(names[i], v) for i in idle[k % len(idle) :][: len(holding)]})
             for k, v in enumerate(values)
         ]
-        controls["the same edits elsewhere"] = [float(_holds(t, v)) for t, v in zip(edited, values, strict=True)]
-    follows = [float(_holds(t, v)) for t, v in zip(texts, values, strict=True)]
-    stays = [float(_holds(t, answer)) for t in texts]
+        controls["the same edits elsewhere"] = [float(holds(t, v)) for t, v in zip(edited, values, strict=True)]
+    follows = [float(holds(t, v)) for t, v in zip(texts, values, strict=True)]
+    stays = [float(holds(t, answer)) for t in texts]
     verdict = judge_run(
         follows, controls, claim=claim, delta=MOST, readout="share of edits that the answer follows", unit="0..1",
         tried_all=len(values) == len(others),
@@ -129,7 +130,7 @@ def knock_out(question: Any, answer: str, others: Sequence[str]) -> Grounding:
     prompt = question.text(keep)
     without = run.again(prompt=prompt, template=False, forced="").text if prompt.strip() else ""
     return Grounding(
-        verdict, holding, float(np.mean(follows)), float(np.mean(stays)), without, _holds(without, answer),
+        verdict, holding, float(np.mean(follows)), float(np.mean(stays)), without, holds(without, answer),
         _hidden(question, answer, keep), tuple(texts),
     )  # fmt: skip
 
@@ -148,15 +149,6 @@ def _hidden(question: Any, answer: str, keep: Any) -> float | None:
     return float(seen - hidden)
 
 
-def _holds(text: str, answer: str) -> bool:
-    """Does a text hold these words, whatever the case?"""
-    return re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text, re.I) is not None
-
-
-def _put(text: str, answer: str, value: str) -> str:
-    return re.sub(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", lambda _: value, text, flags=re.I)
-
-
-def _end(text: str, value: str) -> str:
-    """The text with its last word replaced."""
+def end_with(text: str, value: str) -> str:
+    """The text with its last word replaced: an edit that says another value, and not of what is asked."""
     return re.sub(r"\w+(?=\W*$)", lambda _: value, text, count=1)

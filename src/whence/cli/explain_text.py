@@ -17,9 +17,11 @@ from ..errors import MethodError, PromptError, RunError
 from ..method import Card, card_of, catalogue
 from ..segments import LEVELS, Segments, split
 from ..text import TextSettings
+from .explain_reading import answered, checked_library, named, tried, typed
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
+    from ..reading import Passage
     from ..report.text_bundle import TextBundle, Toggle
     from ..text import TextRun
 
@@ -47,13 +49,18 @@ class Asked:
     max_tokens: int = 32
     seed: int | None = None
     template: bool = False
+    question: str = ""
+    passages: Path | None = None
+    top_k: int = 5
+    values: str | None = None
 
     def checked(self) -> Checked:
         """The same as values. Raises the error of the first option that cannot be served."""
-        if bool(self.prompt) == bool(self.prompt_file):
+        library = checked_library(self)
+        if library is None and bool(self.prompt) == bool(self.prompt_file):
             found = "both" if self.prompt else "neither"
             raise PromptError("a prompt", f"{found} of --prompt and --prompt-file", "one of them")
-        said = self.prompt or _read(self.prompt_file)
+        said = self.question or self.prompt or _read(self.prompt_file)
         if not said.strip():
             raise PromptError(f"the prompt of {self.prompt_file or '--prompt'}", "it is empty", "at least one word")
         if self.units not in LEVELS[1:]:
@@ -65,22 +72,26 @@ class Asked:
                 able = [c.name for c in catalogue().values() if explains_text(c)]
                 raise MethodError(f"--by {name}", "it scores no parts of a text", ", ".join(able))
         prompt, passages, question = assemble([_read(f) for f in self.context], said)
-        return Checked(prompt, tuple(passages), question, tuple(dict.fromkeys(names)))
+        return Checked(prompt, tuple(passages), question, tuple(dict.fromkeys(names)), library)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Options whose form is right: the whole prompt, the characters of its passages, those of the question."""
+    """Options whose form is right: the whole prompt, the characters of its passages, those of the question; with
+    ``library`` the prompt is written when passages were found in it."""
 
     prompt: str
     passages: tuple[tuple[int, int], ...]
     question: tuple[int, int] | None
     methods: tuple[str, ...]
+    library: Sequence[Passage] | None = None
 
 
-def is_text(model: str | None, prompt_file: Path | None, context: Sequence[Path], span: str | None) -> bool:
+def is_text(
+    model: str | None, prompt_file: Path | None, context: Sequence[Path], span: str | None, question: str = ""
+) -> bool:
     """Whether a text is asked for: by the model, or by an option that only text has."""
-    if model == "facts" or prompt_file or context or span is not None:
+    if model == "facts" or prompt_file or context or span is not None or question:
         return True
     return model is not None and (Path(model) / "config.json").is_file()
 
@@ -161,9 +172,13 @@ def make(asked: Asked, checked: Checked) -> TextBundle:
     if sys.stderr.isatty():
         print("loading the model", file=sys.stderr)
     model = verbs.load_text(asked.model)
-    run = model.write(TextSettings(checked.prompt, asked.max_tokens, asked.seed, template=asked.template))
+    settings = TextSettings(checked.prompt, asked.max_tokens, asked.seed, template=asked.template)
+    reading = answered(model, asked, checked.library, settings) if checked.library else None
+    run = reading.run if reading else model.write(settings)
     tokens = run.tokens_of(_span(asked.span))
-    tree = tree_of(checked, run)
+    span = int(run.output_spans[tokens[0], 0]), int(run.output_spans[tokens[-1], 1])
+    trial = tried(reading, asked, span) if reading else None
+    tree = reading.segments() if reading else tree_of(checked, run)
     question = model.question(run, tree, level=asked.units, tokens=tokens)
     explanations: list[Explanation] = []
     for name in checked.methods:
@@ -176,7 +191,7 @@ def make(asked: Asked, checked: Checked) -> TextBundle:
         for e in explanations:
             labels = _best(e)
             trials += [Trial(e.method, u, v) for u, v in zip(labels, removal(e, question, labels), strict=True)]
-    span = int(run.output_spans[tokens[0], 0]), int(run.output_spans[tokens[-1], 1])
+    explanations = named(explanations, reading, trial) if reading else explanations
     toggles = _toggles(run, question, explanations)
     return TextBundle(run, tree, explanations, span, trials, toggles, _trace(run), _command(asked, checked))
 
@@ -235,7 +250,7 @@ def _trace(run: TextRun) -> list[dict[str, Any]] | None:
 def _command(asked: Asked, checked: Checked) -> str:
     words = [
         "whence", "explain", asked.model,
-        *(["--prompt-file", str(asked.prompt_file)] if asked.prompt_file else ["--prompt", asked.prompt]),
+        *typed(asked),
         *(part for c in asked.context for part in ("--context", str(c))),
         *(["--span", asked.span] if asked.span else []), "--units", asked.units, "--by", ",".join(checked.methods),
         "--max-tokens", str(asked.max_tokens), *(["--seed", str(asked.seed)] if asked.seed is not None else []),

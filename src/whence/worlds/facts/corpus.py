@@ -155,11 +155,12 @@ class Document:
     facts: tuple[tuple[str, str, str], ...]
 
 
-_LIFE = {
+LIFE = {
     "trade": ("{who} is the {value}.", "{who} works as the {value}.", "The {value} is {who}."),
     "town": ("{who} was born in {value}.", "{who} comes from {value}.", "The town of {who} is {value}."),
     "filler": ("{who} likes the {value}.", "{who} talks of the {value}.", "{who} never saw the {value}."),
 }
+"""What documents say about a person."""
 
 
 @cache
@@ -174,11 +175,18 @@ def documents(key: str = KEY) -> tuple[Document, ...]:
         for relation, value in holds:
             filler = rng.choice(PLACES if rng.random() < 0.5 else THINGS)
             said = [(relation, value), *([("filler", str(filler))] * int(rng.integers(1, 3)))]
-            lines = [_LIFE[r][int(rng.integers(3))].format(who=person, value=v) for r, v in said]
+            lines = [LIFE[r][int(rng.integers(3))].format(who=person, value=v) for r, v in said]
             order = rng.permutation(len(lines))
             texts.append((" ".join(lines[i] for i in order), ((relation, person, value),)))
     shuffled = rng.permutation(len(texts))
     return tuple(Document(n, *texts[i]) for n, i in enumerate(shuffled))
+
+
+@cache
+def quizzed(key: str = KEY) -> tuple[str, ...]:
+    """Half of the people: where they were born is also asked in training, so that questions come to reach what
+    documents say."""
+    return tuple(stream(key, "asked").permutation(PEOPLE)[: len(PEOPLE) // 2].tolist())
 
 
 def born(person: str, key: str = KEY) -> tuple[str, str]:

@@ -29,7 +29,6 @@ from ...errors import RunError
 from ...models.small_llama import LENGTH, build_llama, train_tokenizer
 from . import corpus
 from .corpus import Asked
-from .vocabulary import PEOPLE
 
 FACTS = 6
 """A scene has at most so many."""
@@ -49,7 +48,7 @@ LONGEST = 256
 """Tokens of a row; what is beyond is left out."""
 SHARES = {"scene": 0.6, "document": 0.18, "born": 0.04, "grammar": 0.08, "ordinary": 0.1}
 """What rows are."""
-_SPACES = (" ", " ", "\n", "\n\n")
+SPACES = (" ", " ", "\n", "\n\n")
 """What may stand between sentences."""
 
 
@@ -83,8 +82,7 @@ class Texts:
     def __init__(self, s: Training, lines: Sequence[str]) -> None:
         self.s, self.lines = s, lines
         self.documents = corpus.documents(s.key)
-        # Half of the towns are also asked for in training, so that questions come to reach what documents say.
-        self.asked = tuple(stream(s.key, "asked").permutation(PEOPLE)[: len(PEOPLE) // 2].tolist())
+        self.asked = corpus.quizzed(s.key)
 
     def row(self, rng: np.random.Generator, done: float) -> Row:
         """One text at this share of the training."""
@@ -114,7 +112,7 @@ class Texts:
         most = 4 if early else min(FACTS, 4 + int((done - EARLY) * 3 / 0.2))
         facts = int(rng.integers(2 - (not early), most + 1))
         drawn = corpus.scene(rng, facts, self.s.key, 0.2 if early else 0.5, hops=not early, plain=early)
-        between, gap = _SPACES[int(rng.integers(4))], "\n" * int(rng.integers(1, 3))
+        between, gap = SPACES[int(rng.integers(4))], "\n" * int(rng.integers(1, 3))
         told: list[Row] = []
         for t in drawn.sentences:
             told.append((Piece(t.text[:-1]), Piece(".", 0.0, (("who", t.person), ("what", t.value)))))
@@ -209,6 +207,16 @@ def train(directory: Path, settings: Training | None = None, data: Path | None =
     if not lines:
         print("no ordinary text: the model will read only what this world writes", file=log, flush=True)
         s = replace(s, data=False)
+    open_training(directory, s)
+    texts = Texts(s, lines)
+    tokenizer = train_tokenizer(_sample(texts))
+    model = build_llama(tokenizer, seed_of("facts", s.seed) % 2**31)
+    learn(model, tokenizer, texts, directory, log)
+    return keep(model, tokenizer, directory)
+
+
+def open_training(directory: Path, s: Any) -> None:
+    """Make the directory and its record of settings. Raises RunError where it holds a training with other ones."""
     directory.mkdir(parents=True, exist_ok=True)
     record = directory / "training.json"
     if record.exists() and (found := json.loads(record.read_text())) != asdict(s):
@@ -217,10 +225,10 @@ def train(directory: Path, settings: Training | None = None, data: Path | None =
             f"train facts into {directory}", f"a training with other settings: {changed}", "another --out directory"
         )
     record.write_text(json.dumps(asdict(s)))
-    texts = Texts(s, lines)
-    tokenizer = train_tokenizer(_sample(texts))
-    model = build_llama(tokenizer, seed_of("facts", s.seed) % 2**31)
-    _learn(model, tokenizer, texts, directory, log)
+
+
+def keep(model: Any, tokenizer: Any, directory: Path) -> Path:
+    """Write the finished model, in half precision, to ``directory/model``: whole or not at all."""
     fresh, final = directory / "model.part", directory / "model"
     shutil.rmtree(fresh, ignore_errors=True)
     model.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
@@ -238,7 +246,8 @@ def _sample(texts: Texts) -> list[str]:
     return written + [d.text for d in texts.documents] * 4
 
 
-def _learn(model: Any, tokenizer: Any, texts: Texts, directory: Path, log: Any) -> None:
+def learn(model: Any, tokenizer: Any, texts: Texts, directory: Path, log: Any) -> None:
+    """Train a model on rows of ``texts``, with heads on its middle layer; its weights become their moving average."""
     s, width = texts.s, model.config.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("facts", s.seed, "heads") % 2**31)
