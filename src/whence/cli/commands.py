@@ -253,7 +253,7 @@ def query(
 
 @app.command()
 def train(
-    world: Annotated[str, typer.Argument(help="The world whose model to train: facts or shapes.")],
+    world: Annotated[str, typer.Argument(help="The world whose model to train: emoji, facts or shapes.")],
     out: Annotated[
         Path | None,
         typer.Option(help="Folder; an unfinished training in it is gone on with.", show_default="training/WORLD"),
@@ -263,7 +263,11 @@ def train(
         int | None, typer.Option(help="Steps (shapes: of the denoiser); else the shipped model's.", show_default=False)
     ] = None,
     start: Annotated[
-        Path | None, typer.Option(help="shapes: a trained pipeline to train on; else from nothing.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="shapes, emoji: a trained pipeline to train on; else shapes is trained from nothing, emoji on the codec of shapes.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         Path | None,

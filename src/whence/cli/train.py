@@ -1,4 +1,4 @@
-"""`whence train`: a world's model from nothing."""
+"""`whence train`: a world's model, from nothing or (`emoji`) from another's codec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import OutputError, RunError, nearest
 
-WORLDS = ("facts", "shapes")
+WORLDS = ("emoji", "facts", "shapes")
 
 
 def train(
@@ -30,8 +30,9 @@ def train(
             print(_facts(directory, seed, steps, data))
             return
         if data:
-            raise RunError("train shapes --data", "its world is drawn, it reads no data", "no --data")
-        print(_shapes(directory, seed, steps, start))
+            found = "its pictures are in the package" if world == "emoji" else "its world is drawn, it reads no data"
+            raise RunError(f"train {world} --data", found, "no --data")
+        print((_emoji if world == "emoji" else _shapes)(directory, seed, steps, start))
     except OSError as error:
         raise OutputError(f"train into {directory}", str(error), "--out with a directory of yours") from None
 
@@ -42,6 +43,14 @@ def _shapes(directory: Path, seed: int, steps: int | None, start: Path | None) -
 
     settings = Training(seed=seed, start=str(start or ""))
     return train_shapes(directory, settings if steps is None else replace(settings, steps=steps), log=sys.stderr)
+
+
+def _emoji(directory: Path, seed: int, steps: int | None, start: Path | None) -> Path:
+    from ..worlds.emoji.train import Training
+    from ..worlds.emoji.train import train as train_emoji
+
+    settings = Training(seed=seed, start=str(start or ""))
+    return train_emoji(directory, settings if steps is None else replace(settings, steps=steps), log=sys.stderr)
 
 
 def _facts(directory: Path, seed: int, steps: int | None, data: Path | None) -> Path:
