@@ -26,16 +26,18 @@ _HOMES = {
     "explain": "verbs",
     "load": "verbs",
     "prove": "proving",
+    "read": "models.reading",
 }
 __all__ = [
     "Card", "Explanation", "Readout", "Run", "Settings", "Units", "Verdict", "WhenceError", "__version__", "catalogue",
-    "explain", "load", "prove",
+    "explain", "load", "prove", "read",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from .errors import WhenceError
     from .explanation import Explanation
     from .method import Card, catalogue
+    from .models.reading import read
     from .proving import prove
     from .readout import Readout
     from .run import Run, Settings

@@ -13,18 +13,19 @@ if TYPE_CHECKING:
 
 
 def load(model: Any = None) -> Any:
-    """The adapter of a model: a pipeline directory, a hub id or a live diffusers pipeline; None: the embedded one.
+    """The adapter of a model: a pipeline directory, a hub id or a live diffusers pipeline; None or "shapes": the
+    embedded one, "emoji": the embedded one of real pictures.
 
     Raises ModelError where there is no pipeline that an adapter knows, or only a pickle.
     """
     from .models.loading import load as load_pipeline
 
-    if model is not None:
+    if model not in (None, "emoji", "shapes"):
         return load_pipeline(model)
-    from .worlds.shapes import model_directory
+    from .worlds import emoji, shapes
 
-    adapter = load_pipeline(model_directory())
-    adapter.name = "shapes, the embedded model"
+    adapter = load_pipeline((emoji if model == "emoji" else shapes).model_directory())
+    adapter.name = f"{model or 'shapes'}, the embedded model"
     return adapter
 
 

@@ -265,7 +265,7 @@ def train(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="shapes, emoji: a trained pipeline to train on; else shapes is trained from nothing, emoji on the codec of shapes.",
+            help="shapes, emoji: a trained pipeline to train on; else from nothing (emoji: from shapes' codec).",
             show_default=False,
         ),
     ] = None,
@@ -273,8 +273,11 @@ def train(
         Path | None,
         typer.Option(help="facts: folder of ordinary text.", show_default="$WHENCE_DATA, else ../shared/data"),
     ] = None,
+    twin: Annotated[
+        bool, typer.Option("--twin", help="facts: the twin that knows no town by heart, from the embedded model.")
+    ] = False,
 ) -> None:
     """Train a world's model from nothing. Can be stopped and gone on with."""
     from .train import train
 
-    train(world, out, seed, steps, start, data)
+    train(world, out, seed, steps, start, data, twin)

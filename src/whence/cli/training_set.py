@@ -92,13 +92,7 @@ def _model(model: str, timesteps: int, length: int) -> tuple[Any, Objective]:
     if model == "facts" or is_text_model(model):
         text = load_text(model)
         return text, LanguageObjective(text, length, cut=True)
-    if model == "emoji":
-        from ..worlds.emoji import model_directory
-
-        adapter = load(model_directory())
-        adapter.name = "emoji, the embedded model"
-    else:
-        adapter = load(None if model == "shapes" else model)
+    adapter = load(model)
     return adapter, DiffusionObjective(adapter, timesteps)
 
 

@@ -119,7 +119,7 @@ class SceneQuestion(PromptQuestion):
         """See :func:`whence.worlds.ground.restart`."""
         self._purpose, self._draws = purpose, {}
 
-    def _said(self, sentences: Sequence[Sentence]) -> Version:
+    def _scene(self, sentences: Sequence[Sentence]) -> Version:
         ids = self.adapter.encode(" ".join(s.text for s in sentences) + self._rest)[0]
         return Version(self._read(ids), self._target)
 
@@ -140,7 +140,7 @@ class SceneQuestion(PromptQuestion):
             for kept, t in zip(row, self.told, strict=True):
                 among = (t.sentence, *t.others)
                 drawn.append(t.sentence if kept else among[int(rng.integers(len(among)))])
-            versions.append(self._said(drawn))
+            versions.append(self._scene(drawn))
         return self._measured(versions)
 
     def ask(self, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -150,7 +150,7 @@ class SceneQuestion(PromptQuestion):
     def swap(self, which: NDArray[np.bool_]) -> NDArray[np.float64]:
         """value[coalition], see :meth:`whence.worlds.ground.Oracle.swap`."""
         versions = [
-            self._said([t.others[0] if out else t.sentence for out, t in zip(row, self.told, strict=True)])
+            self._scene([t.others[0] if out else t.sentence for out, t in zip(row, self.told, strict=True)])
             for row in np.asarray(which, bool)
         ]
         return np.asarray(np.exp(self._measured(versions).sum(1)))
