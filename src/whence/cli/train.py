@@ -66,7 +66,8 @@ def _facts(directory: Path, seed: int, steps: int | None, data: Path | None, twi
     if twin:
         from ..worlds.facts.without_memory import SETTINGS, train_twin
 
-        own = replace(SETTINGS, seed=seed, **({} if steps is None else {"steps": steps}))
+        own = replace(SETTINGS, seed=seed)
+        own = own if steps is None else replace(own, steps=steps)
         return train_twin(directory, own, folder, sys.stderr)
     settings = Training(seed=seed)
     return train_facts(directory, settings if steps is None else replace(settings, steps=steps), folder, sys.stderr)
