@@ -11,12 +11,12 @@ from benchmarks.peer_turns import Works, serve, task_of
 
 def make(folder: str) -> Works:
     # Loaded by the methods when first used; the peers load theirs at the start.
-    import sklearn.linear_model
-    import sklearn.model_selection  # noqa: F401
 
+    import whence.models.text_question  # noqa: F401
     from whence.ablations.leave_one_out import LeaveOneOut
-    from whence.engine.ablate import Ablation, Version
+    from whence.engine.ablate import MEGABYTES, Ablation, Version
     from whence.inputs.context_cite import ContextCite
+    from whence.models.kept_states import KeptStates
     from whence.models.text_loading import load_text
     from whence.segments import split
     from whence.text import TextSettings
@@ -32,11 +32,11 @@ def make(folder: str) -> Works:
     start = answer.prompt.index(task["context"])
     stop = start + len(task["context"])
 
-    def of_tokens(megabytes: float = 48.0) -> Any:
+    def of_tokens(megabytes: float = MEGABYTES) -> Any:
         parts = split(run.prompt, tokens=run.prompt_spans.tolist())
         return adapter.question(run, parts, level="token", megabytes=megabytes)
 
-    def of_sentences(megabytes: float = 48.0) -> Any:
+    def of_sentences(megabytes: float = MEGABYTES) -> Any:
         parts = split(answer.prompt, [(start, stop)], [(0, start), (stop, len(answer.prompt))])
         return adapter.question(answer, parts, megabytes=megabytes)
 
@@ -71,21 +71,18 @@ def make(folder: str) -> Works:
 
     def gradients() -> Mapping[str, Any]:
         """One pass, and a backward for each target token."""
-        x = of_tokens().inputs.requires_grad_()
-        places = torch.arange(n - 1, n - 1 + targets)
-        logits = model(inputs_embeds=x, use_cache=False, logits_to_keep=places).logits[0]
-        said = logits.log_softmax(-1).gather(-1, torch.as_tensor(run.output_ids)[:, None])[:, 0]
-        return {"scores": _times_input((torch.autograd.grad(s, x, retain_graph=True)[0] for s in said), x)}
+        asked = of_tokens()
+        return {"scores": _times_input(asked.slopes(), asked.inputs)}
 
-    def gradients_as_shipped() -> Mapping[str, Any]:
+    def gradients_one_by_one() -> Mapping[str, Any]:
         """The question of one target token after the other: a pass and a backward for each."""
         asked = of_tokens()
         x = asked.inputs.requires_grad_()
         one_by_one = (asked.over(t, t + 1) for t in range(targets))
-        return {"scores": _times_input((torch.autograd.grad(q.forward(x)[0], x)[0] for q in one_by_one), x)}
+        return {"scores": _times_input([torch.autograd.grad(q.forward(x)[0], x)[0][0] for q in one_by_one], x)}
 
-    def _times_input(grads: Any, x: torch.Tensor) -> Any:
-        return np.stack([(g * x)[0, :n].sum(-1).detach().numpy() for g in grads], 1)
+    def _times_input(slopes: Any, x: torch.Tensor) -> Any:
+        return np.stack([(g * x[0])[:n].sum(-1).detach().numpy() for g in slopes], 1)
 
     # -- exactness ----------------------------------------------------------------------------------------------------
 
@@ -96,7 +93,7 @@ def make(folder: str) -> Works:
     def exact() -> Mapping[str, Any]:
         """The engine's largest difference from one plain pass per version: no kept states, all logits."""
         asked, worst = versions(), 0.0
-        for version, found in zip(asked, Ablation(model).logprobs(asked), strict=True):
+        for version, found in zip(asked, Ablation(model, keeper=KeptStates.of(model)).logprobs(asked), strict=True):
             worst = max(worst, float(abs(found - _plain(model, version)).max()))
         return {"worst": worst, "versions": len(asked)}
 
@@ -124,7 +121,7 @@ def make(folder: str) -> Works:
 
     return {
         "leave one out": leave_one_out, "context-cite": cite, "the same 64": cite_bare, "held out": held_out,
-        "gradients": gradients, "gradients as shipped": gradients_as_shipped, "exact": exact, "forward": forward,
+        "gradients": gradients, "gradients one by one": gradients_one_by_one, "exact": exact, "forward": forward,
         "forward, all logits": forward_all_logits, "one unit turned down": lambda: turned_down(1),
         "every unit turned down": lambda: turned_down(len(task["sentences"])), "gradient": gradient, "long": long,
     }  # fmt: skip

@@ -4,12 +4,14 @@
 
 Prints one JSON object. Every side is a process of its own (the peers in environments of their own, which see our torch
 and transformers) and reads the same folder: an untrained GPT-2 of 4 layers x 256, vocabulary 8,192, and a prompt of 16
-sentences, 256 tokens, with 20 target tokens. A first turn, not counted, shows whether both sides give the same numbers
-(within 1e-4 nats; a ratio beside other numbers is no ratio) and warms both up. Then they take turns.
+sentences, 256 tokens, with 20 target tokens. They take turns; the first one also shows whether both sides give the same
+numbers (within 1e-4 nats; a ratio beside other numbers is no ratio).
 
 Primary clock: processor seconds, user and system, of one thread; wall seconds stand beside them and say how busy the
 machine was. A ratio is ours over the peer's, the median over pairs that ran one after the other, with its range. Memory
-is the highest resident size above rest in a fresh process (the kernel's own record), the model loaded and run once.
+is the highest resident size above rest in a fresh process (the kernel's own record), the model loaded and run once; two
+processes are measured at a time. For AtMan's, which is held against one pass of some 20 MiB, the allocator is told to
+give each freed block back at once: else the holes that it keeps, another number in each process, would be compared.
 
 Peers in their fastest right mode: captum with the whole target in one pass; shap's partition explainer in its default
 batch, stopped after as many versions as leave-one-out asks (Owen values: another estimator, so no numbers to compare);
@@ -25,7 +27,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,7 +74,7 @@ TIMES = (
          0.6),
     Race("the same 64 ablations and lasso / context-cite", "the same 64", "context_cite", "one by one", 0.6, "logits"),
     Race("20-target input x gradient, one pass kept / inseq", "gradients", "inseq", "input x gradient", 0.4, "scores"),
-    Race("20-target input x gradient, a question per target / inseq", "gradients as shipped", "inseq",
+    Race("20-target input x gradient, a question per target / inseq", "gradients one by one", "inseq",
          "input x gradient", None, "scores"),
 )  # fmt: skip
 MEMORIES = (
@@ -83,6 +88,9 @@ MOST_MIB = 60.0
 """Token leave-one-out may take so much extra memory."""
 
 
+NUMBERS = count()
+
+
 class FailedError(Exception):
     """A side could not be installed, did not start or did not do its work; the reason in one line."""
 
@@ -90,19 +98,22 @@ class FailedError(Exception):
 class Side:
     """A process that works when told to. ``package``: its name and version."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, exact: bool = False) -> None:
         try:
             python = sys.executable if name == "whence" else str(python_of(name))
         except subprocess.CalledProcessError as error:
             raise FailedError(f"not installed: {' '.join(map(str, error.cmd[-3:]))}") from None
         alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        self._said = (folder / f"{name}.stderr").open("w+")
+        if exact:
+            alone |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+        number = next(NUMBERS)
+        self._said = (folder / f"{name}-{number}.stderr").open("w+")
+        self._out = folder / f"{name}-{number}.npz"
         self._process = subprocess.Popen(
             [python, "-m", f"benchmarks.peer_{name}", str(folder)], cwd=ROOT, env={**os.environ, **alone, **offline},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
         )  # fmt: skip
-        self._out = folder / f"{name}.npz"
         self.package = str(self._answer()["ready"])
 
     def turn(self, work: str, memory: bool = False) -> dict[str, Any]:
@@ -193,7 +204,7 @@ def verdict(ratio: dict[str, Any], aim: float | None) -> dict[str, Any]:
     return {"ratio": ratio} | ({} if aim is None else {"aim": aim, "reached": ratio["median"] <= aim})
 
 
-def time_races(folder: Path, repeats: int, quick: bool) -> dict[str, Any]:
+def time_races(folder: Path, repeats: int) -> dict[str, Any]:
     """Races of one peer share its turns: the peer once, then each of our works, then the peer again."""
     rows: dict[str, Any] = {}
     with Side("whence", folder) as ours:
@@ -201,23 +212,22 @@ def time_races(folder: Path, repeats: int, quick: bool) -> dict[str, Any]:
             races = [r for r in TIMES if r.peer == name]
             try:
                 with Side(name, folder) as peer:
-                    rows |= _turns(ours, peer, races, repeats, quick)
+                    rows |= _turns(ours, peer, races, repeats)
             except FailedError as error:
                 rows |= {r.name: {"peer": name, "failed": str(error)} for r in races}
                 _say(f"{name} failed: {error}")
     return rows
 
 
-def _turns(ours: Side, peer: Side, races: Sequence[Race], repeats: int, quick: bool) -> dict[str, Any]:
-    work = races[0].theirs
-    first = peer.turn(work)
-    seen = {r.ours: ours.turn(r.ours) for r in races}
-    theirs, mine = ([first], {k: [v] for k, v in seen.items()}) if quick else ([], {r.ours: [] for r in races})
-    for i in range(0 if quick else repeats):
-        theirs.append(peer.turn(work))
+def _turns(ours: Side, peer: Side, races: Sequence[Race], repeats: int) -> dict[str, Any]:
+    theirs: list[dict[str, Any]] = []
+    mine: dict[str, list[dict[str, Any]]] = {r.ours: [] for r in races}
+    for i in range(repeats):
+        theirs.append(peer.turn(races[0].theirs))
         for r in races:
             mine[r.ours].append(ours.turn(r.ours))
         _say(f"{peer.package}: {i + 1} of {repeats}")
+    first, seen = theirs[0], {name: turns[0] for name, turns in mine.items()}
     rows = {}
     for r in races:
         row: dict[str, Any] = {"peer": peer.package, "repeats": len(theirs)}
@@ -248,36 +258,43 @@ def _order(held: dict[str, Any], weights: Any) -> float | None:
     return None if np.ptp(said) == 0 else round(float(spearmanr(said, held["values"]).statistic), 3)
 
 
-def fresh(name: str, folder: Path, work: str, repeats: int) -> list[float]:
-    """MiB above rest, each in a process of its own."""
-    found = []
-    for _ in range(repeats):
-        with Side(name, folder) as side:
-            found.append(side.turn(work, memory=True)["mib"])
-    _say(f"memory of {name}, {work}: {summary(found, 1)}")
+def fresh(folder: Path, works: Sequence[tuple[str, str]], repeats: int, exact: bool = False) -> dict[Any, Any]:
+    """MiB above rest of each (side, work), each time in a process of its own; or why it failed."""
+
+    def once(job: tuple[str, str]) -> float | FailedError:
+        try:
+            with Side(job[0], folder, exact) as side:
+                return float(side.turn(job[1], memory=True)["mib"])
+        except FailedError as error:
+            return error
+
+    for peer in {name for name, _ in works} - {"whence"}:
+        with suppress(subprocess.CalledProcessError):  # it fails again below, and says so
+            python_of(peer)  # installed once, not by two at a time
+    with ThreadPoolExecutor(2) as two:
+        measured = list(two.map(once, [w for _ in range(repeats) for w in works]))
+    found: dict[Any, Any] = {}
+    for i, work in enumerate(works):
+        mine = measured[i :: len(works)]
+        failed = [m for m in mine if isinstance(m, FailedError)]
+        found[work] = failed[0] if failed else mine
+        _say(f"memory of {' '.join(work)}: {failed[0] if failed else summary(mine, 1)}")  # type: ignore[arg-type]
     return found
 
 
 def memory_races(folder: Path, repeats: int) -> dict[str, Any]:
-    known: dict[tuple[str, str], list[float]] = {}
-
-    def measured(name: str, work: str) -> list[float]:
-        if (name, work) not in known:
-            known[name, work] = fresh(name, folder, work, repeats)
-        return known[name, work]
-
-    rows: dict[str, Any] = {}
+    works = [w for r in MEMORIES for w in (("whence", r.ours), (r.peer, r.theirs))]
+    found, rows = fresh(folder, list(dict.fromkeys(works)), repeats), dict[str, Any]()
     for r in MEMORIES:
-        ours = measured("whence", r.ours)
-        row: dict[str, Any] = {"ours, MiB": summary(ours, 1)}
-        try:
-            theirs = measured(r.peer, r.theirs)
-            ratio = summary([a / max(b, 0.1) for a, b in zip(ours, theirs, strict=True)])
-            row |= {"peer, MiB": summary(theirs, 1), **verdict(ratio, r.aim)}
-        except FailedError as error:
-            row |= {"peer": r.peer, "failed": str(error)}
+        ours, theirs = found["whence", r.ours], found[r.peer, r.theirs]
+        row: dict[str, Any] = {}
+        for side, value in (("ours", ours), ("peer", theirs)):
+            failed = isinstance(value, FailedError)
+            row |= {"failed": f"{side}: {value}"} if failed else {f"{side}, MiB": summary(value, 1)}
+        if "failed" not in row:
+            row |= verdict(summary([a / max(b, 0.1) for a, b in zip(ours, theirs, strict=True)]), r.aim)
         rows[r.name] = row
-    spent = summary(measured("whence", "leave one out"), 1)
+    spent = rows[MEMORIES[0].name].get("ours, MiB", {"median": float("inf")})
     rows["token leave-one-out, extra memory"] = {
         "ours, MiB": spent, "aim, MiB": MOST_MIB, "reached": spent["median"] <= MOST_MIB,
     }  # fmt: skip
@@ -295,23 +312,25 @@ def exactness(folder: Path) -> dict[str, Any]:
 def atman_memory(folder: Path, repeats: int) -> dict[str, Any]:
     """One row at a time, 12 layers x 768: what a pass, a pass with attention turned down and a gradient take."""
     works = ("forward", "forward, all logits", "one unit turned down", "every unit turned down", "gradient")
-    found = {w: fresh("whence", folder, w, repeats) for w in works}
+    found = {w: v for (_, w), v in fresh(folder, [("whence", w) for w in works], repeats, exact=True).items()}
+    failed = [v for v in found.values() if isinstance(v, FailedError)]
+    if failed:
+        return {"failed": str(failed[0])}
     rows: dict[str, Any] = {f"{w}, MiB": summary(v, 1) for w, v in found.items()}
     plain = statistics.median(found["forward"])
-    for work, aim in (("one unit turned down", 1.1), ("every unit turned down", None), ("gradient", None)):
+    for work, aim in (("one unit turned down", 1.1), ("every unit turned down", 1.1), ("gradient", None)):
         rows[f"{work} / forward"] = verdict(summary([v / plain for v in found[work]]), aim)
     return rows
 
 
-def long_prompt(folder: Path, repeats: int) -> dict[str, Any]:
-    """Leave-one-out over all sentences of a long prompt."""
+def long_prompt(folder: Path) -> dict[str, Any]:
+    """Leave-one-out over all sentences of a long prompt, once."""
     with Side("whence", folder) as side:
-        turns = [side.turn("long") for _ in range(repeats)]
-    cpu, wall = summary([t["cpu"] for t in turns]), summary([t["wall"] for t in turns])
-    found = turns[0]["found"]
-    return {"prompt tokens": int(found["tokens"]), "sentences": len(found["scores"]), "cpu seconds": cpu,
-            "wall seconds": wall, "aim, seconds": 60, "reached": cpu["median"] < 60,
-            "reached by the wall clock of this machine": wall["median"] < 60}  # fmt: skip
+        turn = side.turn("long")
+    cpu, wall, found = turn["cpu"], turn["wall"], turn["found"]
+    return {"prompt tokens": int(found["tokens"]), "sentences": len(found["scores"]), "cpu seconds": round(cpu, 3),
+            "wall seconds": round(wall, 3), "aim, seconds": 60, "reached": cpu < 60,
+            "reached by the wall clock of this machine": wall < 60}  # fmt: skip
 
 
 def not_reached(rows: dict[str, Any]) -> list[str]:
@@ -348,16 +367,16 @@ def main() -> None:
         if {"time", "memory", "exact"} & set(options.only):
             write_folder(small, "small", 16, words, 8, targets)
         if "time" in options.only:
-            result["time"] = time_races(small, repeats, options.quick)
+            result["time"] = time_races(small, repeats)
         if "memory" in options.only:
-            result["memory"] = memory_races(small, repeats)
+            result["memory"] = memory_races(small, min(repeats, 2))
         if "exact" in options.only:
             result["exact"] = exactness(small)
         if "atman" in options.only:
-            result["AtMan, memory"] = atman_memory(write_folder(wide, "wide", 16, words, 8, targets), repeats)
+            result["AtMan, memory"] = atman_memory(write_folder(wide, "wide", 16, words, 8, targets), min(repeats, 2))
         if "long" in options.only:
-            count = 12 if options.quick else 120
-            result["long prompt"] = long_prompt(write_folder(llama, "llama", count, 33, 36, 20), repeats)
+            sentences = 12 if options.quick else 120
+            result["long prompt"] = long_prompt(write_folder(llama, "llama", sentences, 33, 36, 20))
     publish("text_attribution", result | {"not reached": not_reached(result)}, options)
 
 

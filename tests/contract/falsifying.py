@@ -79,6 +79,8 @@ NO_WORLD_ASKS = {
     "autocontrastive": "how a token was chosen",
     "empirical_explainer": "what another method would say",
     "implicit_attention": "a recurrence, which no world's model has",
+    "d_trak": "pictures, of which no small world has a diffusion model",
+    "pseudo_density": "how typical a sample is",
 }
 """Methods whose answers are no scores of a world's units: each is tried by the test that its card names."""
 

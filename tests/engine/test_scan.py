@@ -30,7 +30,7 @@ LAYOUTS = {
 }
 every_layout = pytest.mark.parametrize("codec", LAYOUTS.values(), ids=list(LAYOUTS))
 eight = LAYOUTS["eight layers"]
-kernel_only = pytest.mark.skipif(scan.target() is None, reason="THE KERNEL WAS NOT TESTED: it needs llvmlite and AVX2")
+kernel_only = pytest.mark.skipif(not scan.able(), reason="THE KERNEL WAS NOT TESTED: it needs llvmlite and AVX2")
 
 
 def drawn(codec: Signs, n: int, *names: object) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def test_rows_may_lie_anywhere_and_stay_unwritten(tmp_path: Path) -> None:
 
 def test_without_the_kernel_the_scores_are_the_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, queries = eight.encode(drawn(eight, 300, "x")), drawn(eight, 3, "q")
-    monkeypatch.setattr(scan, "target", lambda: None)
+    monkeypatch.setattr(scan, "able", lambda: False)
     held = Scan(eight, queries)
     assert not held.compiled
     assert not held.error.any()

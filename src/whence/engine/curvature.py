@@ -181,27 +181,46 @@ class KroneckerFisher:
         count: dict[str, int] = {}
         seen = 0
         with progress("curvature", total=2 * total, unit="examples") as advance:
-            for number, batch in enumerate(batches()):
+            for number, whole in enumerate(batches()):
+                batch = self._sound(whole)
+                if not batch:
+                    continue
                 for layer, a, g in self.bank.factors(batch, self._losses(number), MOST):
                     a, g = a.flatten(0, 1), g.flatten(0, 1)
                     a_sum[layer.name] = a_sum.get(layer.name, 0) + a.T @ a
                     s_sum[layer.name] = s_sum.get(layer.name, 0) + g.T @ g
                     count[layer.name] = count.get(layer.name, 0) + len(a)
                 seen += len(batch)
-                advance(len(batch))
+                advance(len(whole))
+            if not seen:
+                raise RunError("curvature", "no example has a finite loss", "examples and weights without NaN")
             for name, a in a_sum.items():
                 # The scale of each factor is of no matter: Lambda puts it right.
                 self.bases[name] = (
                     torch.linalg.eigh(s_sum[name].double() / seen)[1].float(),
                     torch.linalg.eigh(a.double() / count[name])[1].float(),
                 )
-            for number, batch in enumerate(batches()):
+            for number, whole in enumerate(batches()):
+                batch = self._sound(whole)
+                if not batch:
+                    continue
                 for name, g in self.bank.gradients(batch, self._losses(number)).items():
                     square = (self.into(name, g) ** 2).sum(0)
                     self.values[name] = self.values.get(name, 0) + square / seen
                 advance(len(batch))
         self.settle()
         return self
+
+    def _sound(self, batch: list[Any]) -> list[Any]:
+        """The examples of a batch whose loss is finite."""
+        with torch.no_grad():
+            found = self.bank.objective.losses(batch)
+        wrong = ~torch.isfinite(found.values)
+        if not bool(wrong.any()):
+            return batch
+        rows = wrong.nonzero()[:, 0]
+        out = set((rows if found.owner is None else found.owner[rows]).tolist())
+        return [example for i, example in enumerate(batch) if i not in out]
 
     def settle(self) -> None:
         """The customary damping (Grosse et al. 2023): a tenth of the mean eigenvalue of each layer."""

@@ -193,6 +193,8 @@ class GradientBank:
                 p.requires_grad_(True)
             with torch.enable_grad():
                 loss = self.objective.losses([example]).values.sum()
+            if not bool(torch.isfinite(loss)):
+                return  # nothing can be told by this example; the next one is held against autograd
             grads = iter(torch.autograd.grad(loss, every, allow_unused=True))
         finally:
             for p, was in flags:
@@ -270,9 +272,11 @@ class GradientBank:
                 # Rows of one example and one timestep (several noises) count as one gradient's parts.
                 joint = owner.cpu() * stages + found.stage.cpu()
                 sums = torch.zeros(len(part) * stages).index_add_(0, joint, square.cpu()).view(-1, stages)
-                total += sums.sqrt().sum(0)
-                count += len(part)
-        self.stage_scale = (total / count).clamp_min(1e-20)
+                good = torch.isfinite(sums).all(1)
+                total += sums[good].sqrt().sum(0)
+                count += int(good.sum())
+        if bool((count > 0).all()):
+            self.stage_scale = (total / count).clamp_min(1e-20)
 
     def factors(
         self, examples: Sequence[Any], losses: Callable[..., Losses] | None = None, most: int | None = None

@@ -153,6 +153,14 @@ def finite(gradients: Mapping[str, Tensor], first: int, skipped: Skipped) -> dic
     }
 
 
+def sound(objective: Objective, examples: Sequence[Any]) -> Iterator[Any]:
+    """The examples whose loss is finite."""
+    for example in examples:
+        with torch.no_grad():
+            if bool(torch.isfinite(objective.losses([example]).values).all()):
+                yield example
+
+
 def spread(examples: Examples, n: int) -> list[Any]:
     """``n`` examples at equal distances over all of them."""
     if n >= len(examples):
@@ -187,7 +195,10 @@ def build(
             shelf.keep({f"learned/{k}": v for k, v in scheme.tensors().items()})
     with progress(what, total=len(examples), done=shelf.done, unit="examples") as advance:
         for part in batches(examples, shelf.done, batch=batch):
+            known = len(skipped.numbers)
             gradients = finite(bank.gradients(part), shelf.done, skipped)
+            if len(skipped.numbers) > known:  # a pass that goes on must know what it left out before it was stopped
+                shelf.keep({"skipped": np.asarray(skipped.numbers, np.int64)})
             shelf.append(scheme.encode(gradients))
             advance(len(part))
     if len(skipped.numbers) == len(examples):
@@ -302,7 +313,7 @@ def projection_of(
 def bank_of(objective: Objective, examples: Examples, layers: tuple[str, ...] | None, projection: Any) -> GradientBank:
     """The bank of a fit: layers that cannot be trusted left out, timesteps brought to one size where there are any."""
     bank = GradientBank(objective, layers, projection)
-    bank.check(examples[0], drop=True)
+    bank.check(next(iter(sound(objective, spread(examples, 64))), examples[0]), drop=True)
     bank.learn_stages(spread(examples, 32))
     return bank
 

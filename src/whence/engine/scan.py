@@ -3,15 +3,15 @@
 The rows of an index lie one example after the other. The kernel takes 32 rows at once and 16 bytes of each; a
 transposition in registers puts the same byte of the 32 examples side by side; one instruction (pshufb) then looks up a
 nibble of each of them in a table of 16 numbers: the query's four coordinates summed with the signs that the nibble
-says. Two lookups and three additions per byte and query. (FAISS's "fast scan" stores its codes transposed already; here
+says: two lookups and a few additions per byte and query. (FAISS's "fast scan" stores its codes transposed already; here
 a row stays a row, so that a store can append and delete, and the transposition is shared by the queries.)
 
 A table's numbers are 8-bit, small enough that four of them add up in a byte: T ~ base + step n. The sum of a layer is
 exact in integers, so a score depends on nothing but its own row, whatever the blocks and the threads, and its distance
 from the score of the unquantised query is at most half a step per lookup (``Scan.error``; typically a fiftieth of the
 scores' spread, where taking signs alone has cost over half of it). The other way, RaBitQ's, counts the bits that a
-code shares with binary planes of the query in 64-bit words: four planes took 2.5 times as long here and erred six
-times more.
+code shares with binary planes of the query in 64-bit words: four planes took 2.5 times as long here and erred seven
+times more, six planes 3.6 times as long and twice.
 
 The kernel is compiled when it is first needed (llvmlite, a fraction of a second). Where there is no llvmlite or no
 AVX2, and where the codes lie on an accelerator, the same scores come from a matrix product, unquantised.
@@ -47,7 +47,7 @@ CHUNK = 16
 LONGEST = 32
 """Chunks that are added up in 16 bits: 32 x 8 sums of at most 255."""
 TOGETHER = 5
-"""Queries that share one transposition: with more, the sums do not fit the registers."""
+"""Queries that share one transposition; more share nothing that still costs."""
 SMALL = 8192
 """Rows that are not worth a second thread."""
 
@@ -55,8 +55,8 @@ SMALL = 8192
 class Scan:
     """Queries, prepared to be held against any number of rows of sign bits.
 
-    ``error``: by how much a score can differ from ``codec.score``, [query, layer], for examples whose scale is 1 (all
-    zero where the scan is exact). ``compiled``: whether the kernel is used.
+    ``error``: by how much a score can differ from ``codec.score``, [query, layer], for examples whose scale is 1 (zero
+    where nothing is quantised; float32 rounding comes on top). ``compiled``: whether the kernel is used.
     """
 
     def __init__(self, codec: Signs, queries: Mapping[str, Tensor]) -> None:
@@ -65,10 +65,12 @@ class Scan:
         bad = (~torch.isfinite(flat)).any(1).nonzero()[:, 0].tolist()
         if bad:
             raise RunError(f"scan for query {bad[0]}", "NaN or infinite coordinates", "finite numbers")
-        self.compiled = flat.device.type == "cpu" and flat.numel() > 0 and target() is not None
+        self.compiled = flat.device.type == "cpu" and flat.numel() > 0 and able()
         self.error = np.zeros((len(flat), len(codec.shapes)), np.float32)
         if self.compiled:
             self._tables, self.error = _tables(flat.double().numpy(), codec)
+            self._heads = -(-codec.head // CHUNK)
+            self._kernel = kernel(codec.stride, self._heads, self._tables.steps.shape[2])
 
     def scores(self, codes: Rows | Tensor) -> Scores:
         """[query, example] of rows [example, stride]."""
@@ -99,11 +101,10 @@ class Scan:
     def _run(self, rows: Rows, start: int, stop: int, out: Scores) -> None:
         """Scan tiles ``start`` to ``stop``."""
         t = self._tables
-        heads = -(-self.codec.head // CHUNK)
-        scales = np.zeros((max(heads, 1) * CHUNK, TILE), np.uint8)
+        scales = np.zeros((max(self._heads, 1) * CHUNK, TILE), np.uint8)
         scales[:2] = [[0x80], [0x3F]]  # 1 in bfloat16, for rows without scales
         arrays = (rows, t.numbers, t.steps, t.bases, t.ends, t.groups, t.offsets, scales, out)
-        kernel(self.codec.stride, heads, t.steps.shape[2])(
+        self._kernel(
             *(a.ctypes.data for a in arrays),
             start, stop, len(t.steps), len(t.ends), len(t.offsets), out.strides[0] // 4,
         )  # fmt: skip
@@ -174,37 +175,42 @@ def _tables(flat: NDArray[np.float64], codec: Signs) -> tuple[_Tables, NDArray[n
 
 
 @cache
-def target() -> Any:
-    """The machine to compile for; None where the kernel cannot run."""
+def able() -> bool:
+    """Whether the kernel can run here."""
     try:
-        from llvmlite import binding  # type: ignore[import-untyped]
+        from llvmlite import binding
     except ImportError:
-        return None
+        return False
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx2") and features.get("fma"))
+
+
+def compiled(program: str, name: str, *kinds: Any) -> Callable[..., Any]:
+    """The function ``name`` of a text of LLVM's intermediate code, which returns and takes these kinds of ctypes."""
+    from llvmlite import binding
+
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    features = binding.get_host_cpu_features()
-    if not features.get("avx2"):
-        return None
-    return binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3
+    module = binding.parse_assembly(program)
+    module.verify()
+    # One for each engine, which takes it over and frees it.
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
     )
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=1))
+    passes.getModulePassManager().run(module, passes)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    call = ctypes.CFUNCTYPE(*kinds)(engine.get_function_address(name))
+    call.engine = engine  # type: ignore[attr-defined]  # its code lives as long as this does
+    return call
 
 
 @cache
 def kernel(stride: int, heads: int, queries: int) -> Callable[..., None]:
     """The compiled kernel for rows of ``stride`` bytes with ``heads`` chunks of scales, ``queries`` at a time."""
-    from llvmlite import binding
-
-    module = binding.parse_assembly(str(_program(stride, heads, queries)))
-    module.verify()
-    passes = binding.create_pass_builder(target(), binding.create_pipeline_tuning_options(speed_level=1))
-    passes.getModulePassManager().run(module, passes)
-    engine = binding.create_mcjit_compiler(module, target())
-    engine.finalize_object()
-    place = engine.get_function_address("scan")
-    call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 6)(place)
-    call.engine = engine  # type: ignore[attr-defined]  # the code lives as long as this does
-    return call
+    program = str(_program(stride, heads, queries))
+    return compiled(program, "scan", None, *[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 6)
 
 
 def _program(stride: int, heads: int, queries: int) -> Any:
@@ -213,7 +219,7 @@ def _program(stride: int, heads: int, queries: int) -> Any:
 
     byte, short, long, pointer, real = ir.IntType(8), ir.IntType(16), ir.IntType(64), ir.PointerType(), ir.FloatType()
     row16, bytes32, shorts16 = ir.VectorType(byte, 16), ir.VectorType(byte, 32), ir.VectorType(short, 16)
-    words32, reals32 = ir.VectorType(ir.IntType(32), 32), ir.VectorType(real, 32)
+    words16, reals16 = ir.VectorType(ir.IntType(32), 16), ir.VectorType(real, 16)
     zero, one = long(0), long(1)
 
     def every(kind: Any, value: float) -> Any:
@@ -229,6 +235,7 @@ def _program(stride: int, heads: int, queries: int) -> Any:
 
     module = ir.Module()
     look_up = ir.Function(module, ir.FunctionType(bytes32, [bytes32, bytes32]), "llvm.x86.avx2.pshuf.b")
+    fma = ir.Function(module, ir.FunctionType(reals16, [reals16] * 3), "llvm.fma.v16f32")
     fetch = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, *[ir.IntType(32)] * 3]), "llvm.prefetch.p0")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer] * 9 + [long] * 6), "scan")
     codes, tables, steps, bases, ends, groups, offsets, scales, out = function.args[:9]
@@ -287,12 +294,17 @@ def _program(stride: int, heads: int, queries: int) -> Any:
         return b.and_(x, every(bytes32, 15)), b.and_(shifted, every(bytes32, 15))
 
     def all_of(value: Any) -> Any:
-        alone = b.insert_element(ir.Constant(reals32, ir.Undefined), value, ir.IntType(32)(0))
-        return b.shuffle_vector(alone, alone, order([0] * 32))
+        alone = b.insert_element(ir.Constant(reals16, ir.Undefined), value, ir.IntType(32)(0))
+        return b.shuffle_vector(alone, alone, order([0] * 16))
 
-    # Sums of the even and of the odd rows: a 16-bit lane holds the bytes of two rows, and the odd one is shifted out.
+    def halves(x: Any) -> tuple[Any, Any]:
+        """The bytes of the even and of the odd rows, each in 16 bits."""
+        both = b.bitcast(x, shorts16)
+        return b.and_(both, every(shorts16, 255)), b.lshr(both, every(shorts16, 8))
+
+    # A 16-bit lane holds the bytes of an even and of an odd row; they stay apart until the end.
     sums = [[variable(shorts16) for _ in range(2)] for _ in range(queries)]
-    totals = [variable(reals32) for _ in range(queries)]
+    totals = [[variable(reals16) for _ in range(2)] for _ in range(queries)]
     done = variable(long)
     with loop(start, stop) as tile:
         base = at(codes, b.mul(tile, long(stride * TILE)))
@@ -302,8 +314,9 @@ def _program(stride: int, heads: int, queries: int) -> Any:
                 b.store(x, at(scales, long(512 * h + TILE * i)), align=1)
         with loop(zero, blocks) as block:
             numbers = at(tables, b.mul(b.mul(block, chunks), long(queries * 512)))
-            for total in totals:
-                b.store(every(reals32, 0.0), total)
+            for pair in totals:
+                for total in pair:
+                    b.store(every(reals16, 0.0), total)
             b.store(zero, done)
             with loop(zero, segments) as segment:
                 for pair in sums:
@@ -329,22 +342,25 @@ def _program(stride: int, heads: int, queries: int) -> Any:
                 b.store(end, done)
                 place = b.mul(item(groups, segment, long), long(2 * TILE))
                 lower, upper = (
-                    b.zext(b.load(at(scales, b.add(place, long(TILE * k))), typ=bytes32, align=1), words32)
-                    for k in (0, 1)
+                    halves(b.load(at(scales, b.add(place, long(TILE * k))), typ=bytes32, align=1)) for k in (0, 1)
                 )
-                bits = b.or_(b.shl(lower, every(words32, 16)), b.shl(upper, every(words32, 24)))
-                scale = b.bitcast(bits, reals32)
+                scale = []
+                for x, y in zip(lower, upper, strict=True):  # a bfloat16 is the upper half of a float32
+                    whole = b.zext(b.or_(x, b.shl(y, every(shorts16, 8))), words16)
+                    scale.append(b.bitcast(b.shl(whole, every(words16, 16)), reals16))
                 for q, (even, odd) in enumerate(sums):
                     o = b.load(odd, typ=shorts16)
                     e = b.sub(b.load(even, typ=shorts16), b.shl(o, every(shorts16, 8)))
-                    n = b.uitofp(b.shuffle_vector(e, o, order(x for i in range(16) for x in (i, 16 + i))), reals32)
                     k = b.add(b.mul(b.add(b.mul(block, segments), segment), long(queries)), long(q))
-                    value = b.fadd(b.fmul(n, all_of(item(steps, k, real))), all_of(item(bases, k, real)))
-                    b.store(b.fadd(b.load(totals[q], typ=reals32), b.fmul(value, scale)), totals[q])
-            for q, total in enumerate(totals):
+                    step, least = all_of(item(steps, k, real)), all_of(item(bases, k, real))
+                    for n, one_scale, total in zip((e, o), scale, totals[q], strict=True):
+                        value = b.call(fma, [b.uitofp(n, reals16), step, least])
+                        b.store(b.call(fma, [value, one_scale, b.load(total, typ=reals16)]), total)
+            for q, pair in enumerate(totals):
                 line = b.mul(b.add(b.mul(block, long(queries)), long(q)), width)
                 place = at(out, b.add(line, b.mul(tile, long(TILE))), real)
-                b.store(b.load(total, typ=reals32), place, align=4)
+                turns = order(x for i in range(16) for x in (i, 16 + i))
+                b.store(b.shuffle_vector(*(b.load(t, typ=reals16) for t in pair), turns), place, align=4)
     b.ret_void()
     return module
 
@@ -368,56 +384,59 @@ class Ends(NamedTuple):
 
 def top(stream: Iterable[tuple[int | NDArray[np.int64], Scores | Tensor]], k: int, both_ends: bool = True) -> Ends:
     """The ``k`` rows with the highest scores, and the k with the lowest, of blocks (first row or row numbers, scores
-    [query, row]). All rows, where there are fewer than k. Keeps no more than k rows per query and one block.
+    [query, row]). All rows, where there are fewer than k. Keeps at most 4 k rows per query and end, and one block.
 
     Raises RunError for a score that is not finite, and for no block at all.
     """
     if k < 1:
         raise RunError(f"the best {k} rows", "less than one", "k of 1 or more")
-    signs = (1, -1) if both_ends else (1,)
-    kept: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = []
+    kept: list[list[_End]] = []
     for first, block in stream:
         scores = np.asarray(block.cpu() if isinstance(block, Tensor) else block, np.float32)
         rows = np.arange(first, first + scores.shape[1]) if isinstance(first, int | np.integer) else np.asarray(first)
         if not kept:
-            kept = [[(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in scores] for _ in signs]
-        for q, values in enumerate(scores):
-            if not len(values):
-                continue
+            kept = [[_End(k, sign) for _ in scores] for sign in ((1, -1) if both_ends else (1,))]
+        for q, values in enumerate(scores if len(rows) else []):
             ends = values.max(), values.min()  # a NaN is both
             if not np.isfinite(ends).all():
                 wrong = int(rows[~np.isfinite(values)][0])
                 raise RunError(f"rank the scores of query {q}", f"row {wrong} scores NaN or infinity", "finite scores")
-            for side, sign in enumerate(signs):
-                old = kept[side][q]
-                if len(old[0]) < k or sign * ends[side] >= sign * old[1][-1]:
-                    kept[side][q] = _merged(old, rows, values, k, sign)
+            for side, end in zip(kept, ends, strict=False):
+                if side[q].sign * end >= side[q].edge:
+                    side[q].see(rows, values)
     if not kept:
         raise RunError(f"the best {k} rows", "no scores at all", "an index with examples")
-    found = [Ranked(np.stack([r for r, _ in side]), np.stack([s for _, s in side])) for side in kept]
+    found = [Ranked(*map(np.stack, zip(*(end.ranked() for end in side), strict=True))) for side in kept]
     return Ends(found[0], found[1] if both_ends else None)
 
 
-def _merged(
-    old: tuple[NDArray[np.int64], NDArray[np.float32]],
-    rows: NDArray[np.int64],
-    values: NDArray[np.float32],
-    k: int,
-    sign: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The first k of what was kept and a block."""
-    if len(old[0]) == k:
-        rows, values = _at_least(rows, values, old[1][-1], sign)
-    if len(values) > k:
-        edge = np.partition(values, len(values) - k if sign > 0 else k - 1)[len(values) - k if sign > 0 else k - 1]
-        rows, values = _at_least(rows, values, edge, sign)
-    rows, values = np.concatenate([old[0], rows]), np.concatenate([old[1], values])
-    chosen = np.lexsort((rows, -sign * values))[:k]
-    return rows[chosen], values[chosen]
+class _End:
+    """The k rows with the largest ``sign`` times score so far, and some that may yet be among them."""
 
+    def __init__(self, k: int, sign: int) -> None:
+        self.k, self.sign = k, sign
+        self.edge = np.float32(-np.inf)
+        """What a row needs to be among the k seen so far; one that ties may still win by its number."""
+        self.rows = np.empty(0, np.int64)
+        self.values = np.empty(0, np.float32)
 
-def _at_least(
-    rows: NDArray[np.int64], values: NDArray[np.float32], edge: np.float32, sign: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    near = np.flatnonzero(values >= edge if sign > 0 else values <= edge)
-    return rows[near], values[near]
+    def see(self, rows: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        near = np.flatnonzero(values >= self.edge if self.sign > 0 else values <= -self.edge)
+        self.rows = np.concatenate([self.rows, rows[near]])
+        self.values = np.concatenate([self.values, self.sign * values[near]])
+        if len(self.rows) > 4 * self.k:
+            self._keep_k()
+
+    def _keep_k(self) -> None:
+        """Let go of all but k, by selection: sorting what is let go would be in vain."""
+        at = len(self.values) - self.k
+        self.edge = np.partition(self.values, at)[at]
+        above, ties = np.flatnonzero(self.values > self.edge), np.flatnonzero(self.values == self.edge)
+        left = self.k - len(above)
+        first = ties[np.argpartition(self.rows[ties], left - 1)[:left]]
+        chosen = np.concatenate([above, first])
+        self.rows, self.values = self.rows[chosen], self.values[chosen]
+
+    def ranked(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        order = np.lexsort((self.rows, -self.values))[: self.k]
+        return self.rows[order], self.sign * self.values[order]

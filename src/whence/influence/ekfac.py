@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import RunError
 from ..method import Card
 
 if TYPE_CHECKING:
@@ -87,16 +88,19 @@ class FittedEKFAC:
         """score[query, example] of all examples, or of those of these ``numbers``."""
         import numpy as np
 
-        from ..engine.influence import BATCH, flat
+        from ..engine.influence import BATCH, Skipped, finite, flat
         from ..engine.progress import progress
 
-        asked = flat(self.curvature.inverse(self.bank.gradients(list(queries))))
+        wrong = Skipped()
+        asked = flat(self.curvature.inverse(finite(self.bank.gradients(list(queries)), 0, wrong)))
+        if wrong.numbers:
+            raise RunError(f"the query {wrong.numbers[0]}", "its gradient is not finite", "a query with a finite loss")
         chosen = range(len(self.examples)) if numbers is None else numbers
         found = []
         with progress("exact scores", total=len(chosen), unit="examples") as advance:
             for at in range(0, len(chosen), BATCH):
                 part = [self.examples[int(i)] for i in chosen[at : at + BATCH]]
-                rows = flat(self.bank.gradients(part)).nan_to_num(0.0, 0.0, 0.0)
+                rows = flat(finite(self.bank.gradients(part), at, Skipped()))
                 found.append((asked @ rows.T).numpy())
                 advance(len(part))
         return np.concatenate(found, 1)

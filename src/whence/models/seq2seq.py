@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..engine.ablate import MEAN, MEGABYTES, Version
+from ..engine.ablate import MEAN, MEGABYTES, Values, Version
 from ..engine.progress import Advance
 from ..errors import RunError
 
@@ -34,14 +33,21 @@ class EncoderAblation:
         size = next(self.model.parameters()).element_size()
         return max(64, int(self.megabytes * 2**20 / (size * c.hidden_size * 2 * (2 * c.num_hidden_layers + 12))))
 
-    def logprobs(self, versions: Sequence[Version], advance: Advance | None = None) -> list[NDArray[np.float64]]:
-        """logprob[token] of each version's target tokens, in nats. Raises RunError where the model gives NaN."""
+    def logprobs(
+        self, versions: Sequence[Version], advance: Advance | None = None,
+        each: Callable[[Version, Values], None] | None = None,
+    ) -> list[Values]:  # fmt: skip
+        """logprob[token] of each version's target tokens, in nats. ``each`` gets every distinct version and its values
+        as soon as they are known. Raises RunError where the model gives NaN."""
         unique = sorted(dict.fromkeys(versions), key=lambda v: (len(v.target), len(v.prompt), v.prompt))
-        found: dict[Version, NDArray[np.float64]] = {}
+        found: dict[Version, Values] = {}
         pack: list[Version] = []
         for v in [*unique, None]:
             if pack and (v is None or (len(pack) + 1) * len(v.ids) > self.cap or len(v.target) != len(pack[0].target)):
-                found |= zip(pack, self._ask(pack), strict=True)
+                for version, values in zip(pack, self._ask(pack), strict=True):
+                    found[version] = values
+                    if each:
+                        each(version, values)
                 if advance:
                     advance(len(pack))
                 pack = []
@@ -49,7 +55,7 @@ class EncoderAblation:
                 pack.append(v)
         return [found[v] for v in versions]
 
-    def _ask(self, pack: Sequence[Version]) -> list[NDArray[np.float64]]:
+    def _ask(self, pack: Sequence[Version]) -> list[Values]:
         device = next(self.model.parameters()).device
         width = max(len(v.prompt) for v in pack)
         ids = torch.zeros(len(pack), width, dtype=torch.long, device=device)

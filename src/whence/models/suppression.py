@@ -1,60 +1,27 @@
 """Scales the attention that tokens of a transformers model get, in all layers and heads, without changing its classes.
 
-The library lets attention functions be registered by name; ours scales the scores and is otherwise its eager one. With
-raw scores h = q k^T (before 1/sqrt(d)) and a factor f of each key:
+With raw scores h = q k^T (before 1/sqrt(d)) and a factor f of each key:
 
 * multiply (AtMan, Deiseroth et al. 2023, section 3.1): h is shifted so that the smallest score that a query may see is
   0, which a softmax does not notice, and multiplied by f. Without the shift a score below 0 would grow.
 * bias: ln f is added after the scaling by 1/sqrt(d): each key's odds are multiplied by f.
+
+Scores are made for one head and some queries at a time, and worked on in place: those of all heads at once would be the
+most that a pass holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import MethodError
 
-NAME = "whence_suppression"
-_SCALE: ContextVar[tuple[Tensor, str] | None] = ContextVar("scale", default=None)
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The library's eager attention with scaled scores: [batch, head, token, width] in, [batch, token, head, width]."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    h = query @ key.transpose(-1, -2)
-    cap = kwargs.get("softcap")
-    if cap is not None:
-        h = cap * torch.tanh(h * scaling / cap) / scaling
-    least = torch.finfo(h.dtype).min
-    if attention_mask is None:
-        rows, columns = h.shape[-2:]
-        seen = torch.ones(rows, columns, dtype=torch.bool, device=h.device).tril(columns - rows)[None, None]
-    else:
-        mask = attention_mask[..., : h.shape[-1]]
-        seen = mask if mask.dtype == torch.bool else mask > least / 2
-    wanted = _SCALE.get()
-    added: Tensor | float = 0.0
-    if wanted is not None:
-        scale, how = wanted
-        f = scale[:, None, None, : h.shape[-1]].to(h.dtype)
-        if how == "multiply":
-            h = (h - h.masked_fill(~seen, torch.inf).amin(-1, keepdim=True)) * f
-        else:
-            added = f.log()
-    h = (h * scaling + added).masked_fill(~seen, least)
-    weights = h.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+WAYS = ("multiply", "bias")
+SCORES = 2**18
+"""Scores that may be held at once."""
 
 
 def can_suppress(model: Any) -> bool:
@@ -64,24 +31,63 @@ def can_suppress(model: Any) -> bool:
     )
 
 
-@contextmanager
-def suppressed(model: Any, scale: Tensor, how: str) -> Iterator[None]:
-    """Inside, attention to key number j of row b is scaled by scale[b, j]. The model is left as it was."""
-    if how not in ("multiply", "bias"):
+def check_way(model: Any, how: str) -> None:
+    """Raise MethodError unless this model's attention can be scaled in this way."""
+    if how not in WAYS:
         raise MethodError(f"attention scaled by {how!r}", "no such way", "'multiply' or 'bias'")
     if not can_suppress(model):
         found = f"{type(model).__name__} does not take its attention from transformers' table of functions"
         raise MethodError("scaled attention", found, "a method that removes words, such as mexgen")
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, eager_mask)
-    before = model.config._attn_implementation
-    token = _SCALE.set((scale, how))
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        _SCALE.reset(token)
+
+def scaled_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None,
+    scale: Tensor | None, how: str,
+) -> Tensor:  # fmt: skip
+    """[row, token, head, width] of attention, [row, head, token, width] in, with scores scaled by scale[row, key]
+    and capped as the model caps them. ``mask``: True where a query may look; None: at itself and all before."""
+    rows, heads, tokens, _ = query.shape
+    groups, keys = heads // key.shape[1], key.shape[2]
+    f = None if scale is None else scale[:, None, :keys].to(query.dtype)
+    out = query.new_empty(rows, tokens, heads, value.shape[-1])
+    step = max(1, SCORES // (rows * keys))
+    place = torch.arange(keys, device=query.device)
+    for start in range(0, tokens, step):
+        some = slice(start, min(start + step, tokens))
+        if mask is None:
+            hidden = place > torch.arange(some.start, some.stop, device=query.device)[:, None] + keys - tokens
+        else:
+            hidden = ~mask[:, 0, some, :keys]
+        for head in range(heads):
+            h = query[:, head, some] @ key[:, head // groups].transpose(-1, -2)
+            if softcap is not None:
+                h.mul_(scaling / softcap).tanh_().mul_(softcap / scaling)
+            if f is not None and how == "multiply":
+                h.sub_(h.masked_fill(hidden, torch.inf).amin(-1, keepdim=True)).mul_(f)
+            h.mul_(scaling)
+            if f is not None and how == "bias":
+                h.add_(f.log())
+            weights = h.masked_fill_(hidden, torch.finfo(h.dtype).min).softmax(-1, dtype=torch.float32)
+            out[:, some, head] = weights.to(query.dtype) @ value[:, head // groups]
+    return out
+
+
+def least_scores(query: Tensor, key: Tensor, past: Tensor | None) -> Tensor:
+    """[row, head, token]: the smallest raw score of each query with what it may see, ``past`` keys of a beginning that
+    all rows share, [1, head, token, width], and its row's own keys up to itself."""
+    rows, heads, tokens, width = query.shape
+    groups = heads // key.shape[1]
+    found = query.new_empty(rows, heads, tokens)
+    step = max(1, SCORES // (rows * max(tokens, 0 if past is None else past.shape[2])))
+    for start in range(0, tokens, step):
+        some = slice(start, min(start + step, tokens))
+        ahead = torch.ones(some.stop - start, some.stop - start, dtype=torch.bool, device=query.device).triu(1)
+        for head in range(heads):
+            q = query[:, head, some]
+            h = q @ key[:, head // groups, : some.stop].transpose(-1, -2)
+            h[..., start:].masked_fill_(ahead, torch.inf)
+            found[:, head, some] = h.amin(-1)
+            if past is not None:
+                before = (q.reshape(-1, width) @ past[0, head // groups].T).amin(-1)
+                found[:, head, some] = torch.minimum(found[:, head, some], before.reshape(rows, -1))
+    return found

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.ablate import MEAN, MEGABYTES, Ablation, Version
+from ..engine.ablate import DRIFT, MEAN, MEGABYTES, Ablation, Version
+from ..engine.narrow import fused, last_feed_forward, narrowed
 from ..engine.progress import Advance
 from ..engine.randomness import stream
 from ..errors import MethodError, PromptError
 from ..segments import LEVELS, Segments
 from ..units import Units
+from .asked import Asked
+from .kept_states import KeptStates
 from .recurrence import Implicit, implicit_attention
 from .residual import FAMILIES, eager_attention, logit_parts
 from .seq2seq import EncoderAblation
-from .suppression import can_suppress, suppressed
+from .suppression import can_suppress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
     from .text import LanguageModel
 
 REMOVALS = ("drop", "mean")
-Memory = dict[str, "dict[Version, NDArray[np.float64]]"]
 _BEFORE, _AFTER = re.compile(r"\s+$"), re.compile(r"\s+")
 
 
@@ -46,13 +50,15 @@ class PromptQuestion:
     which tokens of the output are the target (None: all). ``removal``: "drop" cuts a unit's characters out (with the
     space beside it) and tokenises the rest again, so that all that follows moves up; "mean" leaves every token in its
     place and reads the mean of the prompt's embeddings instead of the unit's tokens. The value is the sum of the target
-    tokens' log-probabilities. ``megabytes`` caps the memory of one pass.
+    tokens' log-probabilities. ``megabytes`` caps the memory of one pass. ``kept``: a file in which what was measured is
+    kept, so that stopped work goes on.
     """
 
     def __init__(
         self, adapter: LanguageModel, run: TextRun, segments: Segments, level: str = "sentence",
         numbers: Sequence[int] | None = None, tokens: range | None = None, removal: str = "drop",
-        megabytes: float = MEGABYTES, advance: Advance | None = None, memory: Memory | None = None,
+        megabytes: float = MEGABYTES, advance: Advance | None = None, kept: Path | None = None,
+        asked: Asked | None = None,
     ) -> None:  # fmt: skip
         if segments.text != run.prompt:
             raise PromptError("units of another text", "the segments are not of this run's prompt", "split(run.prompt)")
@@ -66,7 +72,7 @@ class PromptQuestion:
             raise PromptError("these units", "some of them overlap", "units of one level")
         self.tokens = range(len(run.output_ids)) if tokens is None else tokens
         self._megabytes, self.advance = megabytes, advance
-        self._memory = {} if memory is None else memory
+        self._asked = Asked(run, kept) if asked is None else asked
         self.forwards = 0
 
     # -- what is asked ------------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ class PromptQuestion:
             return Version(tuple(ids), self._target)
         if all(keep):
             return Version(tuple(int(i) for i in self.run.prompt_ids), self._target)
-        return Version(tuple(self.adapter.encode(self.text(keep))[0]), self._target)
+        return Version(tuple(self.adapter.numbers(self.text(keep))), self._target)
 
     def text(self, keep: NDArray[np.bool_]) -> str:
         """The prompt without the units that are not kept."""
@@ -150,31 +156,37 @@ class PromptQuestion:
         return [tuple(np.flatnonzero((starts < b) & (ends > a)).tolist()) for a, b in self.spans]
 
     def _measured(self, versions: Sequence[Version], how: str = "") -> NDArray[np.float64]:
-        memory = self._memory.setdefault(how, {})
-        new = list(dict.fromkeys(v for v in versions if v not in memory))
+        new = list(dict.fromkeys(v for v in versions if self._asked.get(how, v) is None))
         if new:
             self.forwards += len(new)
-            for v, values in zip(new, self._ablation(how).logprobs(new, self.advance), strict=True):
-                memory[v] = values
-        return np.stack([memory[v] for v in versions])[:, self.tokens.start : self.tokens.stop]
+            with self._asked.keeping():
+                self._ablation(how).logprobs(new, self.advance, partial(self._asked.put, how))
+        found = [self._asked.get(how, v) for v in versions]
+        return np.stack([v for v in found if v is not None])[:, self.tokens.start : self.tokens.stop]
 
-    def _ablation(self, how: str = "") -> Any:
-        model = self.adapter.model
-        mean = None
-        if self.removal == "mean":
-            with torch.no_grad():
-                ids = torch.as_tensor(self.run.prompt_ids, device=next(model.parameters()).device)
-                mean = model.get_input_embeddings()(ids).mean(0)
-        if self.adapter.encodes:
-            return EncoderAblation(model, self.adapter.start, self._megabytes, mean)  # type: ignore[attr-defined]
-        return Ablation(model, self._megabytes, partial(suppressed, model, how=how) if how else None, mean)
+    def _ablation(self, how: str = "") -> Ablation | EncoderAblation:
+        """What asks the model; made once, so that its shortcuts are tried once."""
+        known, name = self._asked.engines, (how, self.removal)
+        if name not in known:
+            model = self.adapter.model
+            mean = None
+            if self.removal == "mean":
+                with torch.no_grad():
+                    ids = torch.as_tensor(self.run.prompt_ids, device=next(model.parameters()).device)
+                    mean = model.get_input_embeddings()(ids).mean(0)
+            if self.adapter.encodes:
+                start: int = self.adapter.start  # type: ignore[attr-defined]
+                known[name] = EncoderAblation(model, start, self._megabytes, mean)
+            else:
+                known[name] = Ablation(model, self._megabytes, KeptStates.of(model, how), mean)
+        return known[name]
 
     # -- other targets and other units --------------------------------------------------------------------------------
 
     def _like(self, **changes: Any) -> PromptQuestion:
         given: dict[str, Any] = {
             "numbers": self.numbers, "tokens": self.tokens, "removal": self.removal, "megabytes": self._megabytes,
-            "advance": self.advance, "memory": self._memory,
+            "advance": self.advance, "asked": self._asked,
         }  # fmt: skip
         return PromptQuestion(self.adapter, self.run, self.segments, **(given | changes))
 
@@ -232,12 +244,45 @@ class PromptQuestion:
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The value of embeddings [batch, token, width], differentiable."""
-        logits = self.adapter.model(inputs_embeds=inputs).logits
+        return self._said(inputs)[0].sum(1)
+
+    def slopes(self) -> Tensor:
+        """slope[target token, token, width] of each target token's log-probability by the embeddings of prompt and
+        target: one pass forwards for all, and one backwards for each."""
+        x = self.inputs.requires_grad_()
+        said, hidden = self._said(x)
+        # The head treats each place by itself, so that it is gone back through once for all of them.
+        slope = torch.autograd.grad(said.sum(), hidden)[0][0]
+        each = torch.diag_embed(slope.T).permute(1, 2, 0)[:, None]  # [target, 1, place, width]: its own place alone
+        return torch.stack([torch.autograd.grad(hidden, x, one, retain_graph=True)[0][0] for one in each])
+
+    def _said(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """logprob[batch, target token] after these embeddings, and what the head read, [1, batch x token, width]."""
+        model, n = self.adapter.model, len(self.tokens)
+        if self._asked.narrow is None:
+            self._asked.narrow = True
+            with torch.no_grad():
+                mine = self._said(self._embedded(self.run.prompt_ids))[0][0].double().cpu().numpy()
+            there = self.run.logprobs[self.tokens.start : self.tokens.stop]
+            self._asked.narrow = bool(np.abs(mine - there).max() <= DRIFT)
         first = len(self.run.prompt_ids) - 1 + self.tokens.start
-        said = logits[:, first : first + len(self.tokens)].float()
+        place = torch.arange(first, first + n, device=inputs.device)
+        row = torch.arange(len(inputs), device=inputs.device).repeat_interleave(n)
+        position = place.repeat(len(inputs))
+        given, last = {"use_cache": False}, None
+        with ExitStack() as inside:
+            if self._asked.narrow:
+                inside.enter_context(fused(model))
+                last = last_feed_forward(model)
+                if (keeper := KeptStates.of(model)) is not None:
+                    inside.enter_context(keeper.attached())
+                    given = keeper.given(0, 0, place.expand(len(inputs), -1), None)
+            narrow = inside.enter_context(narrowed(model, row, position, last))
+            made = model(inputs_embeds=inputs, **given).logits
+        said = narrow.logits(made, row, position).float()
         target = torch.as_tensor(self.run.output_ids[self.tokens.start : self.tokens.stop], device=said.device)
-        picked = said.gather(-1, target[None, :, None].expand(len(said), -1, 1))[..., 0]
-        return (picked - said.logsumexp(-1)).sum(1)  # type: ignore[no-any-return]
+        picked = said.gather(-1, target.repeat(len(inputs))[:, None])[:, 0] - said.logsumexp(-1)
+        return picked.reshape(len(inputs), n), narrow.hidden[0]
 
     def background(self, n: int) -> Tensor:
         """``n`` times the input with the tokens of units dealt to each other's places: words of this prompt, in a
@@ -298,7 +343,7 @@ class PromptQuestion:
         return out + text[at:]
 
     def _reworded(self, row: Mapping[int, str]) -> Version:
-        return Version(tuple(self.adapter.encode(self.reworded(row))[0]), self._target)
+        return Version(tuple(self.adapter.numbers(self.reworded(row))), self._target)
 
     def attention(self) -> NDArray[np.float64]:
         """mass[unit] of attention from the places that say the target, mean over them, layers and heads."""

@@ -1,0 +1,5 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # the files here share planted.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
