@@ -71,6 +71,10 @@ def subject(about: Mapping[str, Any]) -> Subject:
         raise RunError(f"the training set of the world {world!r}", "no such world", nearest(world, WORLDS))
     if timesteps < 1 or length < 2:
         raise RunError(f"--timesteps {timesteps}, --length {length}", "nothing to learn from", "1, and 2, or more")
+    if data is not None and not Path(str(data)).exists():
+        from ..models.datasets import FORMS
+
+        raise RunError(f"the training set {data}", "no such file or folder", FORMS)
     adapter, objective = _model(model, timesteps, length)
     examples: Any = _of_world(world) if world else _of_files(Path(str(data)), adapter)
     if world == "shapes" and limit is None:
