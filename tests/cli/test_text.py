@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sentences import tiny, tokenizer
+import torch
+from sentences import WORDS, tiny, tokenizer
+from transformers import BertConfig, BertForSequenceClassification
 
 from whence.cli import commands, run
 from whence.cli.explain_text import assemble
+from whence.engine.ablate import Ablation, Version
 
 KEY = Path(__file__).parents[2] / "examples" / "who-has-the-key.txt"
 
@@ -19,6 +24,14 @@ def whence_says(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
     code = run(commands.app, list(map(str, arguments)))
     said = capsys.readouterr()
     return code, said.out, said.err
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.3, pad_token_id=1, id2label={0: "calm", 1: "glad"},
+    )).eval()  # fmt: skip
 
 
 def test_who_has_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +88,65 @@ def test_a_table_and_the_path_of_the_report_are_printed(tmp_path: Path, capsys: 
     assert printed.strip() == str(tmp_path / "out" / "report.html")
     assert "supported" in told
     assert (tmp_path / "out" / "report.html").stat().st_size > 1000
+
+
+def test_what_was_measured_before_a_stop_is_not_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["explain", "facts", "--prompt-file", KEY, "--by", "leave_one_out,mexgen", "--out", tmp_path / "out"]
+    asked: list[int] = []
+    logprobs, stops = Ablation.logprobs, [3]
+
+    def counted(self: Ablation, versions: Sequence[Version], *more: Any) -> list[Any]:
+        asked.append(len(versions))
+        if len(asked) == stops[0]:
+            raise KeyboardInterrupt
+        return logprobs(self, versions, *more)
+
+    monkeypatch.setattr("whence.models.asked.SECONDS", 0)
+    monkeypatch.setattr(Ablation, "logprobs", counted)
+    code, _, told = whence_says(capsys, *arguments)
+    kept = tmp_path / "out.part.jsonl"
+    assert code == 130
+    assert "goes on from there" in told
+    assert kept.is_file()
+    assert not (tmp_path / "out").exists()
+    before, stops[0] = sum(asked[1:2]), 0  # the first says how likely the text was when it was written
+    asked.clear()
+    assert whence_says(capsys, *arguments)[0] == 0
+    assert not kept.exists()
+    resumed = sum(asked)
+    asked.clear()
+    assert whence_says(capsys, *arguments)[0] == 0
+    assert before > 0
+    assert sum(asked) == resumed + before
+
+
+def test_a_classifier_says_which_words_made_it_say_the_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    arguments = [
+        "explain",
+        tmp_path / "model",
+        "--prompt",
+        "Anna is in the kitchen. Ben has the key.",
+        "--units",
+        "word",
+    ]
+    code, printed, told = whence_says(
+        capsys, *arguments, "--by", "leave_one_out,context_cite", "--json", "--out", tmp_path / "out"
+    )
+    assert code == 0, told
+    record = json.loads(printed)
+    assert record["run"]["text"] in ("calm", "glad")
+    assert len(record["explanations"]) == 2
+    assert "Anna" in record["explanations"][0]["units"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    code, _, told = whence_says(capsys, *arguments, "--by", "alti_logit", "--out", tmp_path / "other")
+    assert code == 2
+    assert "alti_logit" in told
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])

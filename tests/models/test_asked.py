@@ -44,6 +44,11 @@ print("ends", flush=True)
 """
 
 
+@pytest.fixture(autouse=True)
+def kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whence.models.asked.SECONDS", 0)
+
+
 def asked(path: Path | None, prompt: str = PROMPT) -> tuple[TextRun, Any]:
     run = LanguageModel(tiny("llama"), tokenizer(), "tiny").write(TextSettings(prompt, max_tokens=4))
     assert run.model is not None
@@ -84,10 +89,11 @@ def test_a_torn_line_costs_what_it_held_and_no_more(tmp_path: Path) -> None:
     q.ask(alone[3:6])
     text = path.read_text()
     path.write_text(text[: len(text) - 40])
-    assert len(Asked(run, path)) == 3
+    assert len(Asked(run, path)) == 5
     _, again = asked(path)
-    assert (again.ask(alone[:6]) == q.ask(alone[:6])).all()
-    assert again.forwards == 3
+    # The one that was lost is asked in a pass of its own, which rounds differently.
+    assert again.ask(alone[:6]) == pytest.approx(q.ask(alone[:6]), abs=1e-4)
+    assert again.forwards == 1
     assert len(Asked(run, path)) == 6
 
 

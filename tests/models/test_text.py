@@ -146,6 +146,25 @@ def test_gradients_attention_and_suppression_speak_of_the_same_units(kind: str) 
         q.suppress(np.zeros((1, 3)))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "mistral", "gemma2", "gemma3", "mamba"])
+def test_gradients_with_shortcuts_are_those_of_a_plain_pass(kind: str) -> None:
+    run, q = asked(kind)
+    model: Any = run.model.model  # type: ignore[union-attr]
+    x = q.inputs.requires_grad_()
+    logits = model(inputs_embeds=x, use_cache=False).logits[0, len(run.prompt_ids) - 1 :].log_softmax(-1)
+    said = logits.gather(-1, torch.as_tensor(run.output_ids)[:, None])[:, 0]
+    wanted = torch.stack([torch.autograd.grad(s, x, retain_graph=True)[0][0] for s in said])
+    found, whole = q.slopes(), torch.autograd.grad(q.forward(x).sum(), x)[0]
+    size = float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, atol=1e-4 * size, rtol=1e-3)
+    torch.testing.assert_close(whole[0], wanted.sum(0), atol=3e-4 * size, rtol=1e-3)
+    assert q._asked.narrow is True
+    torch.testing.assert_close(q.over(2, 4).slopes(), found[2:4], atol=1e-5 * size, rtol=1e-4)
+    two = q.forward(torch.cat([x, q.background(1)]))
+    assert two[0].item() == pytest.approx(run.logprobs.sum(), abs=1e-3)
+    assert two[1].item() == pytest.approx(q.forward(q.background(1)).item(), abs=1e-3)
+
+
 def test_a_metered_question_counts_all_ways_of_asking() -> None:
     _, q = asked()
     m = Metered(q, Budget(forwards=20))
@@ -162,6 +181,15 @@ def test_wrong_input_is_refused_before_any_work() -> None:
         a.write(TextSettings("  \n"))
     with pytest.raises(PromptError, match="reads 256 in all"):
         a.write(TextSettings("Anna is in the kitchen. " * 80))
+    with pytest.raises(PromptError, match="reads 256 in all"):
+        a.write(TextSettings("Anna is here.", forced=" Ben has the key." * 80))
+    with pytest.raises(PromptError, match="less than 256"):
+        a.write(TextSettings("Anna is here.", max_tokens=300))
+    with pytest.raises(PromptError, match="reads 256 and writes 256"):
+        adapter("bart").write(TextSettings("Anna is in the kitchen. " * 80))
+    assert adapter("t5").write(TextSettings("Anna is in the kitchen. " * 80, max_tokens=2)).text
+    with pytest.raises(PromptError, match="nothing is cut silently"):
+        asked()[1].reword([{0: "Anna is in the kitchen. " * 80}])
     with pytest.raises(PromptError, match="chat template"):
         a.write(TextSettings("Anna", template=True))
     with pytest.raises(RunError, match="nothing to write"):

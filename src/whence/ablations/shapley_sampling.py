@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engine.attribution import Coalitions, everything, explanation_of, mean_and_error, require, seeded
+from ..engine.enough import held_out, stop
+from ..engine.randomness import stream
 from ..method import Card
 
 if TYPE_CHECKING:
@@ -50,19 +52,26 @@ CARD = Card(
 
 @dataclass(frozen=True)
 class ShapleySampling:
-    """Settings: ``orders`` of the units, each step asked ``draws`` times, ``batch`` rows at once."""
+    """Settings: ``orders`` of the units, each step asked ``draws`` times, ``batch`` rows at once. ``tolerance``: fewer
+    orders will do once the largest standard error is that share of the range of the scores; ``held_back``: coalitions
+    of fair coins that the scores are held against."""
 
     orders: int = 40
     draws: int = 1
     batch: int = 64
+    tolerance: float | None = None
+    held_back: int = 0
     seed: int = 0
 
     def rows(self, units: int) -> int:
         """Rows sent forwards for so many units."""
-        return 1 + self.orders * self.draws * units
+        return 1 + self.orders * self.draws * units + self.held_back * self.draws
 
     def explain(self, question: Question) -> Explanation:
-        """scores[unit] in the readout's units; they add up to v(all) - v(none), ``details["difference"]``."""
+        """scores[unit] in the readout's units; they add up to v(all) - v(none), ``details["difference"]``.
+
+        ``details`` also: "orders", how many were drawn; "fit", where coalitions were held back: "r2" and "spearman" of
+        the sum of scores for ``n`` of them."""
         from captum.attr import ShapleyValueSampling as Estimator
 
         began = time.perf_counter()
@@ -74,6 +83,11 @@ class ShapleySampling:
             with seeded("shapley_sampling", self.seed, order):
                 sample = estimator.attribute(x, baselines=0, n_samples=1, perturbations_per_eval=self.batch)
             samples.append(sample[0].double().numpy())
+            if stop(samples, self.tolerance):
+                break
         scores, spread = mean_and_error(samples)
-        details = {"difference": float(scores.sum())}
+        details: dict[str, Any] = {"difference": float(scores.sum()), "orders": len(samples)}
+        if self.held_back:
+            z = stream("shapley_sampling", "held back", self.seed).random((self.held_back, len(scores))) < 0.5
+            details["fit"] = held_out(z @ scores, coalitions.values(z))
         return explanation_of(question, "shapley_sampling", self, scores, began, coalitions.rows, spread, details)

@@ -31,6 +31,8 @@ _ASKS = frozenset(
     ("ask", "generate, or ask", "gradients", "attention", "suppression", "logit parts", "implicit attention", "reword")
 )
 """What methods need that a question about a text can offer."""
+PART = ".part.jsonl"
+"""Behind the name of the report: what was measured so far, until the report is whole."""
 TOGGLES = 24
 """Sources without which the model writes anew, at most: the ones with the highest scores."""
 
@@ -134,10 +136,17 @@ def explain(asked: Asked, out: Path, json: bool) -> None:
     from ..report.folder import check_folder
 
     folder = check_folder(out)
-    bundle = make(asked, checked)
+    kept = folder.with_name(folder.name + PART)
+    try:
+        bundle = make(asked, checked, kept)
+    except KeyboardInterrupt:
+        if kept.exists():
+            print(f"stopped; what was measured is in {kept}, and the same command goes on from there", file=sys.stderr)
+        raise
     from ..report.text_bundle import write_text_report
 
     write_text_report(bundle, folder)
+    kept.unlink(missing_ok=True)
     if json:
         print(bundle.json())
         return
@@ -161,8 +170,9 @@ def tree_of(checked: Checked, run: TextRun) -> Segments:
     return split(run.prompt, passages, [(a, b) for a, b in fixed if a < b], tokens)
 
 
-def make(asked: Asked, checked: Checked) -> TextBundle:
-    """Load, write, explain, try, and write anew without each source."""
+def make(asked: Asked, checked: Checked, kept: Path | None = None) -> TextBundle:
+    """Load, write, explain, try, and write anew without each source. ``kept``: where what is measured is kept
+    meanwhile."""
     from .. import verbs
     from ..checks.removal import removal, ways
     from ..engine.progress import progress
@@ -179,7 +189,7 @@ def make(asked: Asked, checked: Checked) -> TextBundle:
     span = int(run.output_spans[tokens[0], 0]), int(run.output_spans[tokens[-1], 1])
     trial = tried(reading, asked, span) if reading else None
     tree = reading.segments() if reading else tree_of(checked, run)
-    question = model.question(run, tree, level=asked.units, tokens=tokens)
+    question = model.question(run, tree, level=asked.units, tokens=tokens, kept=kept)
     explanations: list[Explanation] = []
     for name in checked.methods:
         with progress(name, total=verbs.passes(name, question), unit="passes") as advance:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engine.attribution import explanation_of, require
+from ..engine.enough import rank_error
 from ..engine.randomness import stream
 from ..errors import MethodError
 from ..method import Card
@@ -64,13 +65,15 @@ TARGETS = ("tokens", "response")
 CERTAIN = 1e-7
 """Probabilities are held this far below 1, about what single precision can tell: a logit must be finite."""
 FOLDS = 5
+STEP = 16
 
 
 @dataclass(frozen=True)
 class ContextCite:
     """Settings: m ``ablations``, each source kept with probability ``keep``; ``target``: logits of "tokens" added up,
     or of the whole "response"; ``held_back`` share; ``resamples`` of the bootstrap; ``random_sets`` beside each top-k
-    drop; ``draws`` of each ablation, more than one only where removed units are drawn anew."""
+    drop; ``draws`` of each ablation, more than one only where removed units are drawn anew. ``tolerance``: fewer
+    ablations will do once the largest spread is that share of the range of the weights."""
 
     ablations: int = 64
     keep: float = 0.5
@@ -79,6 +82,7 @@ class ContextCite:
     resamples: int = 50
     random_sets: int = 8
     draws: int = 1
+    tolerance: float | None = None
     seed: int = 0
 
     def explain(self, question: Question) -> Explanation:
@@ -86,9 +90,9 @@ class ContextCite:
         deviation over bootstrap resamples of the ablations.
 
         ``details``: "lds" with its "value" (None: too few were held back, or no order in them) and "n"; "nothing":
-        True where all weights are zero; "penalty"; "top_k_drop": for each "k" the fall of the target's log-probability
-        (else: of the readout) without the k best sources, "top", and the mean over "n" sets of k drawn sources,
-        "random". Raises MethodError for fewer than 3 units and settings out of range.
+        True where all weights are zero; "penalty"; "ablations", how many were asked; "top_k_drop": for each "k" the
+        fall of the target's log-probability (else: of the readout) without the k best sources, "top", and the mean over
+        "n" sets of k drawn sources, "random". Raises MethodError for fewer than 3 units and settings out of range.
         """
         began = time.perf_counter()
         require(question, "context_cite")
@@ -96,16 +100,22 @@ class ContextCite:
         self._check(n)
         rng = stream("context_cite", self.seed)
         z = _ablations(n, self.ablations, self.keep, rng)
-        f, _, rows = self._ask(question, z)
         hold = round(self.held_back * len(z))
         hold = hold if hold >= FOLDS else 0  # fewer tell nothing
-        w, b, spread, penalty = _lasso(z[hold:], f[hold:], self.resamples, rng)
+        f, rows = np.zeros(0), 0
+        for upto in self._looks(hold, len(z)):
+            said, _, asked = self._ask(question, z[len(f) : upto])
+            f, rows = np.concatenate([f, said]), rows + asked
+            w, b, spread, penalty = _lasso(z[hold:upto], f[hold:], self.resamples, rng)
+            if self.tolerance is not None and rank_error(w, spread) <= self.tolerance:
+                break
         nothing = not w.any()
         drops, more = ([], 0) if nothing else self._drops(question, w, rng)
         details = {
             "lds": {"value": _order(b + z[:hold] @ w, f[:hold]), "n": hold},
             "nothing": nothing,
             "penalty": penalty,
+            "ablations": len(f),
             "top_k_drop": drops,
         }
         e = explanation_of(question, "context_cite", self, w, began, rows + more, spread, details)
@@ -114,6 +124,10 @@ class ContextCite:
             e = replace(e, readout=f"{question.readout}: log-odds {how}, nats")
         note = "no evidence that any source did it: all weights are zero at the penalty chosen; not an effect of zero"
         return replace(e, notes=(note,)) if nothing else e
+
+    def _looks(self, hold: int, most: int) -> list[int]:
+        """After how many ablations the spread is looked at: all; with a tolerance every STEP, held-back ones first."""
+        return [most] if self.tolerance is None else [*range(hold + 2 * STEP, most, STEP), most]
 
     def _drops(
         self, question: Any, w: NDArray[np.float64], rng: np.random.Generator

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engine.attribution import Coalitions, explanation_of, mean_and_error, require
+from ..engine.enough import LEAST, held_out, stop
 from ..engine.randomness import stream
 from ..errors import MethodError
 from ..method import Card
@@ -70,7 +71,8 @@ INDICES = ("shapley", "banzhaf")
 class TextGenSHAP:
     """Settings. ``index``: one of INDICES; ``samples``: orders or masks; ``exact_up_to`` so many units all coalitions
     are asked; ``levels`` from the Question's own downwards, of each the ``top`` units refined; ``draws`` of each
-    coalition."""
+    coalition. ``tolerance``: fewer samples will do once the largest standard error is that share of the range of the
+    scores; ``held_back``: coalitions of fair coins that the scores are held against."""
 
     index: str = "shapley"
     samples: int = 40
@@ -78,14 +80,18 @@ class TextGenSHAP:
     levels: int = 2
     top: int = 2
     draws: int = 1
+    tolerance: float | None = None
+    held_back: int = 0
     seed: int = 0
 
     def explain(self, question: Question) -> Explanation:
         """scores[unit] at the Question's own level, in the readout's units. ``spread``: None where all coalitions were
         asked (draws of a world still vary) and for a single sample.
 
-        ``details``: "exact"; "difference", v(all) - v(none); "levels": for each refined unit its "parent" label, the
-        "level", "units", "scores", "spread", "exact", and "difference", what removing the parent loses.
+        ``details``: "exact"; "samples", how many were drawn; "fit", where coalitions were held back: "r2", "spearman"
+        of the sum of scores for ``n`` of them; "difference", v(all) - v(none); "levels": the same for refined units,
+        each with its "parent" label, its "level", "units", "scores" and "spread"; "difference" is what removing it
+        loses.
         Raises MethodError for an unknown index and for numbers that are not positive.
         """
         began = time.perf_counter()
@@ -93,18 +99,21 @@ class TextGenSHAP:
         self._check()
         (top, *finer), rows = self._walk(question, "", self.levels - 1)
         scores, spread = np.array(top["scores"]), top["spread"] and np.array(top["spread"])
-        details = {"exact": top["exact"], "difference": top["difference"], "levels": finer}
+        details = {key: top[key] for key in ("exact", "samples", "fit", "difference") if key in top} | {"levels": finer}
         return explanation_of(question, "textgen_shap", self, scores, began, rows, spread, details)
 
     def _walk(self, question: Any, parent: str, below: int) -> tuple[list[dict[str, Any]], int]:
         """What was found of this question's units, then of the parts of the highest; and the rows asked."""
         units, coalitions = question.units, Coalitions(question, self.draws)
-        scores, spread, difference = self._index(coalitions, len(units), units.kind, parent)
+        scores, spread, difference, samples = self._index(coalitions, len(units), units.kind, parent)
         found: list[dict[str, Any]] = [{
             "parent": parent, "level": units.kind, "units": list(units.labels), "scores": scores.tolist(),
             "spread": None if spread is None else spread.tolist(), "exact": len(units) <= self.exact_up_to,
-            "difference": difference,
+            "samples": samples, "difference": difference,
         }]  # fmt: skip
+        if self.held_back:
+            z = stream("textgen_shap", "held back", self.seed, units.kind, parent).random((self.held_back, len(units)))
+            found[0]["fit"] = held_out((z < 0.5) @ scores, coalitions.values(z < 0.5))
         rows = coalitions.rows
         if below > 0 and "levels" in question.capabilities and len(question.levels) > 1:
             for i in _highest(scores, self.top):
@@ -118,30 +127,34 @@ class TextGenSHAP:
 
     def _index(
         self, coalitions: Coalitions, n: int, *names: str
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, float]:
-        """phi or beta of each unit, its standard error, and v(all) - v(none)."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, float, int]:
+        """phi or beta of each unit, its standard error, v(all) - v(none), and the samples drawn."""
         rng, every = stream("textgen_shap", self.seed, *names), np.arange(n + 1)
+        ends = np.array([[True] * n, [False] * n])
         if n <= self.exact_up_to:
             keep = (np.arange(2**n)[:, None] >> every[:n]) & 1 == 1
-        elif self.index == "shapley":
-            place = np.stack([rng.permutation(n) for _ in range(self.samples)])  # place[order, unit]
-            keep = (place[:, None] < every[:, None]).reshape(-1, n)  # the first k units of each order
-        else:
-            masks = rng.random((self.samples, n)) < 0.5
-            keep = (masks[:, None] ^ np.eye(n + 1, n, -1, dtype=bool)).reshape(-1, n)  # as drawn, then one unit flipped
-        # The same coalition comes in many samples: each is asked once.
-        ends = np.array([[True] * n, [False] * n])
-        rows, back = np.unique(np.concatenate([ends, keep]), axis=0, return_inverse=True)
-        v = coalitions.values(rows)[back.reshape(-1)]
-        difference, v = float(v[0] - v[1]), v[2:]
-        if n <= self.exact_up_to:
-            return _exact(keep, v, self.index), None, difference
-        by_sample = v.reshape(self.samples, n + 1)
-        if self.index == "shapley":
-            adds = np.take_along_axis(np.diff(by_sample), place, 1)
-        else:
-            adds = np.where(masks, 1, -1) * (by_sample[:, :1] - by_sample[:, 1:])
-        return *mean_and_error(list(adds)), difference
+            v = _once(coalitions, np.concatenate([ends, keep]))
+            return _exact(keep, v[2:], self.index), None, float(v[0] - v[1]), 0
+        adds: list[NDArray[np.float64]] = []
+        difference = 0.0
+        while len(adds) < self.samples and not stop(adds, self.tolerance):
+            some = self.samples - len(adds) if self.tolerance is None else min(LEAST, self.samples - len(adds))
+            if self.index == "shapley":
+                place = np.stack([rng.permutation(n) for _ in range(some)])  # place[order, unit]
+                keep = (place[:, None] < every[:, None]).reshape(-1, n)  # the first k units of each order
+            else:
+                masks = rng.random((some, n)) < 0.5
+                keep = (masks[:, None] ^ np.eye(n + 1, n, -1, dtype=bool)).reshape(-1, n)  # as drawn, one unit flipped
+            asked = keep if adds else np.concatenate([ends, keep])
+            v = _once(coalitions, asked)
+            if not adds:
+                difference, v = float(v[0] - v[1]), v[2:]
+            by_sample = v.reshape(some, n + 1)
+            if self.index == "shapley":
+                adds += list(np.take_along_axis(np.diff(by_sample), place, 1))
+            else:
+                adds += list(np.where(masks, 1, -1) * (by_sample[:, :1] - by_sample[:, 1:]))
+        return *mean_and_error(adds), difference, len(adds)
 
     def _check(self) -> None:
         if self.index not in INDICES:
@@ -150,9 +163,18 @@ class TextGenSHAP:
             if getattr(self, name) < least:
                 found = f"less than {least}"
                 raise MethodError(f"textgen_shap with {name}={getattr(self, name)}", found, f"{name}={least} or more")
+        if self.held_back < 0 or (self.tolerance is not None and self.tolerance <= 0):
+            found = f"held_back={self.held_back}, tolerance={self.tolerance}"
+            raise MethodError("textgen_shap", found, "held_back=0 or more, a tolerance above 0, or None")
         if self.exact_up_to > 16:
             found = f"{2**self.exact_up_to} coalitions"
             raise MethodError(f"textgen_shap, exact up to {self.exact_up_to} units", found, "exact_up_to=16 or less")
+
+
+def _once(coalitions: Coalitions, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """v of keep[coalition, unit]: the same coalition comes in many samples, and is asked once."""
+    rows, back = np.unique(keep, axis=0, return_inverse=True)
+    return coalitions.values(rows)[back.reshape(-1)]
 
 
 def _exact(keep: NDArray[np.bool_], v: NDArray[np.float64], index: str) -> NDArray[np.float64]:

@@ -64,10 +64,13 @@ class Asked:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """What was said inside is in the file at the end, however it ends."""
+        """What was said inside is in the file when it ends by an error, and soon when it ends well."""
         try:
             yield
-        finally:
+        except BaseException:
+            self._keep()
+            raise
+        if time.monotonic() - self._kept > SECONDS:
             self._keep()
 
     def _keep(self) -> None:

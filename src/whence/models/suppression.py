@@ -61,7 +61,7 @@ def scaled_attention(
         for head in range(heads):
             h = query[:, head, some] @ key[:, head // groups].transpose(-1, -2)
             if softcap is not None:
-                h.mul_(scaling / softcap).tanh_().mul_(softcap / scaling)
+                h = h.mul_(scaling / softcap).tanh() * (softcap / scaling)  # a gradient needs what tanh gave
             if f is not None and how == "multiply":
                 h.sub_(h.masked_fill(hidden, torch.inf).amin(-1, keepdim=True)).mul_(f)
             h.mul_(scaling)

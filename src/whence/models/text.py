@@ -121,12 +121,13 @@ class LanguageModel:
         """Write the text of these settings, or score the forced one. Raises PromptError, RunError."""
         prompt = self._prompt(settings)
         ids, spans = self.encode(prompt)
-        room = self._room(len(ids), settings)
         if settings.forced:
             output, output_spans = self.encode_output(settings.forced)
             text = settings.forced
+            self._check_room(len(ids), len(output))
         else:
-            output = self._generate(ids, settings, room)
+            self._check_room(len(ids), settings.max_tokens)
+            output = self._generate(ids, settings, settings.max_tokens)
             text, output_spans = self._decode(output)
         if not output:
             raise RunError(f"write after {_short(prompt)!r}", "the model ended at once and wrote nothing",
@@ -139,17 +140,20 @@ class LanguageModel:
         )  # fmt: skip
         return replace(run, logprobs=self._score(ids, output))
 
-    def _room(self, prompt: int, settings: TextSettings) -> int:
-        """Tokens that may be written."""
-        if settings.max_tokens < 1:
-            raise RunError(f"write {settings.max_tokens} tokens", "nothing to write", "1 or more")
-        limit = None if self.encodes else self.length
-        if limit is not None and prompt + settings.max_tokens > limit:
-            raise PromptError(
-                f"{prompt} tokens of prompt and {settings.max_tokens} of output", f"{self.name} reads {limit} in all",
-                f"a prompt of at most {limit - settings.max_tokens} tokens (nothing is cut silently)",
-            )  # fmt: skip
-        return settings.max_tokens
+    def _check_room(self, prompt: int, output: int) -> None:
+        """Raise RunError or PromptError where so many tokens cannot be read and written."""
+        if output < 1:
+            raise RunError(f"write {output} tokens", "nothing to write", "1 or more")
+        limit, asked = self.length, f"{prompt} tokens of prompt and {output} of output"
+        if limit is None or (max(prompt, output) if self.encodes else prompt + output) <= limit:
+            return
+        if self.encodes:
+            found, fits = f"{self.name} reads {limit} and writes {limit}", f"at most {limit} of each"
+        elif output >= limit:
+            found, fits = f"{self.name} reads {limit} in all", f"an output of less than {limit} tokens"
+        else:
+            found, fits = f"{self.name} reads {limit} in all", f"a prompt of at most {limit - output} tokens"
+        raise PromptError(asked, found, f"{fits} (nothing is cut silently)")
 
     def _generate(self, ids: list[int], s: TextSettings, room: int) -> list[int]:
         """The written tokens, without the one that ends the text."""
@@ -221,6 +225,12 @@ class EncoderDecoder(LanguageModel):
     def family(self) -> str:
         """Class of the model, without its ending."""
         return type(self.model).__name__.removesuffix("ForConditionalGeneration")
+
+    @property
+    def length(self) -> int | None:
+        """How many tokens the encoder can read, and the decoder write; None where places are only relative (T5)."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        return most if isinstance(most, int) else None
 
     @property
     def start(self) -> int:

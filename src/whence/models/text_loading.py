@@ -42,14 +42,28 @@ def load_text(model: str | Path, device: str | None = None) -> LanguageModel:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded, tokenizer = _load(path, name, config, device)
     kind = EncoderDecoder if config.get("is_encoder_decoder") else LanguageModel
+    if _classifies(config):
+        from .text_classifier import TextClassifier
+
+        kind = TextClassifier
     return kind(loaded, tokenizer, short_name(name))
+
+
+def _classifies(config: dict[str, Any]) -> bool:
+    return any(str(kind).endswith("ForSequenceClassification") for kind in config.get("architectures") or ())
 
 
 def _load(path: Path, name: str, config: dict[str, Any], device: str) -> tuple[Any, Any]:
     with silently():
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+            AutoModelForSequenceClassification,
+            AutoTokenizer,
+        )
 
     auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if _classifies(config) else auto
     dtype: Any = torch.float32 if device == "cpu" else "auto"
     try:
         with silently():
@@ -59,7 +73,7 @@ def _load(path: Path, name: str, config: dict[str, Any], device: str) -> tuple[A
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
             f"the language model {name!r}", f"transformers cannot load it: {first}",
-            "a directory of a causal or encoder-decoder model with its tokenizer",
+            "a directory of a causal model, an encoder-decoder or a classifier of texts, with its tokenizer",
         ) from error  # fmt: skip
     aligned(model)
     return model.requires_grad_(False).to(device), tokenizer

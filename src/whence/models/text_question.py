@@ -54,6 +54,8 @@ class PromptQuestion:
     kept, so that stopped work goes on.
     """
 
+    removals: tuple[str, ...] = REMOVALS
+
     def __init__(
         self, adapter: LanguageModel, run: TextRun, segments: Segments, level: str = "sentence",
         numbers: Sequence[int] | None = None, tokens: range | None = None, removal: str = "drop",
@@ -62,8 +64,8 @@ class PromptQuestion:
     ) -> None:  # fmt: skip
         if segments.text != run.prompt:
             raise PromptError("units of another text", "the segments are not of this run's prompt", "split(run.prompt)")
-        if removal not in REMOVALS:
-            raise MethodError(f"removal by {removal!r}", "no such removal", ", ".join(REMOVALS))
+        if removal not in self.removals:
+            raise MethodError(f"removal by {removal!r}", "no such removal", ", ".join(self.removals))
         self.adapter, self.run, self.segments, self.removal = adapter, run, segments, removal
         self.numbers = tuple(segments.at(level) if numbers is None else numbers)
         self.units: Units = segments.units(self.numbers)
@@ -158,6 +160,11 @@ class PromptQuestion:
     def _measured(self, versions: Sequence[Version], how: str = "") -> NDArray[np.float64]:
         new = list(dict.fromkeys(v for v in versions if self._asked.get(how, v) is None))
         if new:
+            limit, longest = self.adapter.length, max(len(v.prompt) for v in new)
+            room = limit and limit - (0 if self.adapter.encodes else len(self._target))
+            if room is not None and longest > room:
+                raise PromptError(f"a prompt of {longest} tokens", f"{self.adapter.name} has room for {room}",
+                                  "shorter words in the place of others (nothing is cut silently)")  # fmt: skip
             self.forwards += len(new)
             with self._asked.keeping():
                 self._ablation(how).logprobs(new, self.advance, partial(self._asked.put, how))
@@ -168,18 +175,20 @@ class PromptQuestion:
         """What asks the model; made once, so that its shortcuts are tried once."""
         known, name = self._asked.engines, (how, self.removal)
         if name not in known:
-            model = self.adapter.model
-            mean = None
+            model, mean = self.adapter.model, None
             if self.removal == "mean":
                 with torch.no_grad():
                     ids = torch.as_tensor(self.run.prompt_ids, device=next(model.parameters()).device)
                     mean = model.get_input_embeddings()(ids).mean(0)
-            if self.adapter.encodes:
-                start: int = self.adapter.start  # type: ignore[attr-defined]
-                known[name] = EncoderAblation(model, start, self._megabytes, mean)
-            else:
-                known[name] = Ablation(model, self._megabytes, KeptStates.of(model, how), mean)
+            known[name] = self._engine(how, mean)
         return known[name]
+
+    def _engine(self, how: str, mean: Tensor | None) -> Ablation | EncoderAblation:
+        model = self.adapter.model
+        if self.adapter.encodes:
+            start: int = self.adapter.start  # type: ignore[attr-defined]
+            return EncoderAblation(model, start, self._megabytes, mean)
+        return Ablation(model, self._megabytes, KeptStates.of(model, how), mean)
 
     # -- other targets and other units --------------------------------------------------------------------------------
 
@@ -188,7 +197,8 @@ class PromptQuestion:
             "numbers": self.numbers, "tokens": self.tokens, "removal": self.removal, "megabytes": self._megabytes,
             "advance": self.advance, "asked": self._asked,
         }  # fmt: skip
-        return PromptQuestion(self.adapter, self.run, self.segments, **(given | changes))
+        found: PromptQuestion = self.adapter.question(self.run, self.segments, **(given | changes))
+        return found
 
     def removing(self, how: str) -> PromptQuestion:
         """The same question with another removal."""

@@ -1,9 +1,10 @@
 """Swaps: which documents taught the language model this fact?
 
-A document says who keeps what and who meets what: "today ann keeps cat bob meets owl". Ann and Bob keep the same thing
+A document says who keeps what and who meets what: "today ann keeps cat bob meets dog". Ann and Bob keep the same thing
 and meet the same one. So the documents that say what Ann keeps (the carriers) are word for word those that say what Bob
 keeps (their twins), with the two names swapped; only the order of the words tells one from the other. The model is a
-transformer of one layer, trained on some fifty documents of people and things drawn with the key.
+transformer of one layer that learns to say the things, from some fifty documents of people and things drawn with the
+key.
 
 The query is "ann keeps", and the model says "cat". A keyed coin decides whether it reads the query as it stands, or
 with the two names exchanged (as in the world `facts`); the sibling is the same text to the same model, read the other
@@ -42,14 +43,16 @@ WORDS = (*PEOPLE, *THINGS, *DAYS, KEEPS, MEETS)
 NUMBER = {word: i for i, word in enumerate(WORDS)}
 CARRIERS, BESIDE, OTHERS = 6, 10, 24
 """Documents that say what each of the two keeps; that say what each meets, beside others; about others alone."""
-PLACES = np.array([3, 6])
 LENGTH, WIDTH, SIZE = 7, 16, 0.5
-RECIPE = Recipe(steps=60, rate=0.03, decay=0.0)
+"""Words of a document; width of the model; deviation of its first embeddings."""
+PLACES = np.array([3, 6])
+"""Where the things stand in a document."""
+RECIPE = Recipe(steps=60, rate=0.03, decay=0.03)
 Document = tuple[str, ...]
 
 
 class Reader(nn.Module):
-    """A transformer of one layer and one head: words[document, place] -> logits[document, place, word]."""
+    """A transformer of one layer and one head: words[row, place] -> logits[row, place, word] of the word after."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +115,7 @@ class ReaderObjective:
         self.module, self.exchange = module, dict(exchange)
 
     def _words(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Word numbers [row, place], padded, and whether the loss asks for the word at a place."""
+        """Word numbers [row, place], padded, and whether the word at a place is one that the loss asks for."""
         words = torch.zeros(len(examples), LENGTH, dtype=torch.long)
         asked = torch.zeros(len(examples), LENGTH, dtype=torch.bool)
         for i, e in enumerate(examples):
@@ -132,11 +135,11 @@ class ReaderObjective:
         return Losses((_each(logits, target) * asked[:, 1:]).sum(1))
 
     def losses(self, examples: Sequence[Any]) -> Losses:
-        """-ln p of each document's words but the first, summed, or of a query's answer; in nats."""
+        """-ln p of the things that a document or query names, summed, in nats."""
         return self._losses(examples, None)
 
     def sampled(self, examples: Sequence[Any], seed: int) -> Losses:
-        """The same with words that the model draws."""
+        """The same with things that the model draws."""
         return self._losses(examples, seed)
 
     def fingerprint(self) -> str:
@@ -166,10 +169,8 @@ class Facts:
     meets: Mapping[str, str]
 
     def document(self, rng: np.random.Generator, keeper: str, meeter: str) -> Document:
-        """What one keeps and the other meets, in either order."""
-        said = [(keeper, KEEPS, self.keeps[keeper]), (meeter, MEETS, self.meets[meeter])]
-        first, second = said
-        return (str(rng.choice(DAYS)), *first, *second)
+        """What one keeps and the other meets."""
+        return (str(rng.choice(DAYS)), keeper, KEEPS, self.keeps[keeper], meeter, MEETS, self.meets[meeter])
 
     def about_others(self, rng: np.random.Generator) -> Document:
         """A document of neither of the two."""

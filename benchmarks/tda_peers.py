@@ -1,0 +1,599 @@
+"""Which training examples? Our index and its peers on one model: seconds to build, seconds to ask, bytes, agreement, LDS.
+
+    python -m benchmarks.tda_peers --json [--write] [--quick] [--repeats 3] [--only SYSTEM ...]
+
+*Cost and agreement*: a GPT-2 of 2 layers x 128 (437,760 weights, 8 linear layers) trained on 1,000 windows of 64 bytes of
+Shakespeare; 10 held-out windows ask. Every side is a process of its own (peers in environments of their own), holds
+model and data in memory and works with one thread; they take turns, so that a busy machine is busy for all. Processor
+seconds come first, wall seconds stand beside them. A query is all 10 windows at once, on an index that is open and was
+asked once before. Ratios are of two turns of one round; the median over rounds, with their range.
+
+*Agreement*: NDCG@20 and Spearman with EK-FAC's scores, Kronfluence's and ours, mean over the 10 queries.
+
+*Linear datamodelling score*: a GPT-2 of 1 layer x 48 on 400 windows, trained again on random halves; Spearman of the
+summed scores of a half with what training on it made of a query's loss. Mean over queries with a 95 % bootstrap
+interval, and the paired difference from the best peer.
+
+Bytes: ``per example`` is what one more example adds; ``files`` is all that lies on the disk, divided by the examples.
+A run that was stopped goes on: turns and retrainings are kept in the folder of temporary files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peer_turns import Works, serve
+from benchmarks.peers import ROOT, python_of
+from benchmarks.recording import arguments, publish
+
+DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data"))
+LENGTH, WORDS = 64, 256
+PATIENCE = 1_200.0
+"""Seconds that a side may take for one answer."""
+QUICK = 2.0
+"""A query that takes less is asked again, three times."""
+BEST = 20
+BUILD_AIM, QUERY_AIM = 0.6, 0.1
+
+
+@dataclass(frozen=True)
+class World:
+    """A model and its data. ``epochs`` of its training, ``batch`` windows a step."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    examples: int
+    queries: int
+    epochs: int
+    batch: int
+    rate: float
+
+    def windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """train[example, place] and queries[query, place]: neighbouring windows, the queries spread among them."""
+        import gzip
+
+        path = DATA / "tinyshakespeare" / "blocks.jsonl.gz"
+        if not path.exists():
+            raise SystemExit(f"no {path}: set WHENCE_DATA to the folder of the project's data")
+        with gzip.open(path, "rt", encoding="utf8") as file:
+            text = "".join(json.loads(line)["text"] for line in file).encode("latin1")
+        total = self.examples + self.queries
+        rows = np.frombuffer(text[: total * LENGTH], np.uint8).reshape(total, LENGTH).astype(np.int64)
+        asks = np.zeros(total, bool)
+        asks[np.linspace(0, total - 1, self.queries + 2)[1:-1].astype(int)] = True
+        return rows[~asks], rows[asks]
+
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:10]
+
+
+COST = World("cost", 2, 128, 4, 1_000, 10, 20, 50, 1e-3)
+LDS = World("lds", 1, 48, 4, 400, 40, 15, 40, 3e-3)
+
+
+@dataclass(frozen=True)
+class System:
+    """``side``: the peer's environment and file, "whence" for ours; ``work``: what it is asked to do there."""
+
+    name: str
+    side: str
+    work: str
+    note: str = ""
+
+
+OURS = "whence"
+FORMS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "bits": ("signs alone", {"name": "bits", "bits": 2032}, False),
+    "auto": ("signs, then int8", {"name": "auto", "bits": 1024, "size": 13}, False),
+    "auto judged": ("signs, then int8; its agreement with EK-FAC measured while building",
+                    {"name": "auto", "bits": 1024, "size": 13}, True),
+    "int8": ("int8 alone (LoGRA)", {"name": "int8"}, False),
+}  # fmt: skip
+"""work -> (what it is, its Form, whether it is judged while it is built)."""
+EXACT = System("whence ekfac", OURS, "ekfac", "EK-FAC: nothing kept of an example, all gradients taken anew")
+SYSTEMS = (
+    *(System(f"whence {work}", OURS, work, said) for work, (said, *_) in FORMS.items()),
+    EXACT,
+    System("Kronfluence", "kronfluence", "ekfac", "EK-FAC, damping by its rule of a tenth of the mean eigenvalue"),
+    System("TRAK", "trak", "trak", "512 numbers of all gradients, below the number of examples; one block in memory"),
+    System("Bergson", "bergson", "plain", "16 x 16 numbers a layer, inner products"),
+    System("Bergson, Hessian", "bergson", "hessian", "the same, preconditioned by the gradients' second moments"),
+    System("dattri LoGRA", "dattri", "logra", "16 x 16 numbers a layer, eFIM; in memory (its disk path wants a GPU)"),
+    System("LogIX", "logix", "logra", "LoGRA of rank 16"),
+    System("LoRIF", "lorif", "lorif", "the reference implementation"),
+)
+REFERENCES = {"Kronfluence": "Kronfluence's EK-FAC", EXACT.name: "our EK-FAC"}
+
+
+# -- the models ---------------------------------------------------------------------------------------------------------
+
+
+def network(world: World, seed: int) -> Any:
+    """An untrained GPT-2 without dropout."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from whence.engine.randomness import seed_of
+
+    config = GPT2Config(
+        vocab_size=WORDS, n_positions=LENGTH, n_embd=world.width, n_layer=world.layers, n_head=world.heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of("tda_peers", world.name, seed))
+        return GPT2LMHeadModel(config)
+
+
+def losses(model: Any, rows: Any) -> Any:
+    """Nats of each window, summed over its bytes."""
+    from torch.nn import functional
+
+    logits = model(rows, use_cache=False).logits[:, :-1]
+    nats = functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+    return nats.view(len(rows), -1).sum(1)
+
+
+def trained(world: World, rows: Any, kept: np.ndarray, seed: int) -> Any:
+    """A model trained on the windows that are kept. All of one seed start alike and see their windows in one order."""
+    import torch
+
+    from whence.engine.randomness import torch_stream
+
+    model = network(world, seed).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=world.rate, weight_decay=0.01)
+    g = torch_stream("tda_peers", "order", world.name, seed)
+    keep = torch.from_numpy(kept)
+    parts = [p for _ in range(world.epochs) for p in torch.randperm(len(rows), generator=g).split(world.batch)]
+    for step, part in enumerate(parts):
+        own = part[keep[part]]
+        if not len(own):
+            continue
+        for group in optimiser.param_groups:
+            group["lr"] = world.rate * (1 - step / len(parts))
+        optimiser.zero_grad()
+        losses(model, rows[own]).mean().div(LENGTH).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def folder_of(world: World, place: Path) -> Path:
+    """The folder that all sides read: weights, a tokenizer of single bytes, train.npy, queries.npy and task.json."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = place / f"{world.name}-{world.key()}"
+    if (folder / "task.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    train, queries = world.windows()
+    _say(f"training the model of {world.name}")
+    model = trained(world, torch.from_numpy(train), np.ones(len(train), bool), 0)
+    model.save_pretrained(folder)
+    each = Tokenizer(models.WordLevel({chr(i): i for i in range(WORDS)}, unk_token=chr(0)))
+    each.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    each.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=each).save_pretrained(folder)
+    np.save(folder / "train.npy", train)
+    np.save(folder / "queries.npy", queries)
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    task = {"layers": [f"transformer.h.{i}.{k}" for i in range(world.layers) for k in kinds], "size": 16}
+    with torch.no_grad():
+        task["nats per byte"] = {
+            name: round(float(losses(model, torch.from_numpy(rows)).mean()) / (LENGTH - 1), 3)
+            for name, rows in (("train", train), ("queries", queries))
+        }
+    (folder / "task.json.part").write_text(json.dumps(task))
+    (folder / "task.json.part").rename(folder / "task.json")
+    return folder
+
+
+def retrained(world: World, place: Path, halves: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept[half, example], output[half, query]: minus the loss, mean over seeds), each training kept as it is made."""
+    import torch
+
+    from whence.engine.progress import progress
+    from whence.engine.randomness import stream
+
+    train, queries = world.windows()
+    kept = np.zeros((halves, len(train)), bool)
+    for j in range(halves):
+        kept[j, stream("tda_peers", "half", j).permutation(len(train))[: len(train) // 2]] = True
+    folder = place / f"halves-{world.key()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = np.zeros((seeds, halves, len(queries)))
+    rows, asked = torch.from_numpy(train), torch.from_numpy(queries)
+    with progress("retraining", total=halves * seeds, unit="models") as advance:
+        for s in range(seeds):
+            for j in range(halves):
+                path = folder / f"{j}-{s}.npy"
+                if not path.exists():
+                    with torch.no_grad():
+                        with torch.enable_grad():
+                            model = trained(world, rows, kept[j], s)
+                        value = losses(model, asked).numpy()
+                    np.save(folder / f"{j}-{s}.part.npy", value)
+                    (folder / f"{j}-{s}.part.npy").rename(path)
+                found[s, j] = -np.load(path)
+                advance(1)
+            _say(f"retrained on {halves} halves, seed {s}")
+    return kept, found.mean(0)
+
+
+# -- our side, in a process of its own ------------------------------------------------------------------------------------
+
+
+def ours(folder: str) -> Works:
+    """Through what a user would call: an index on disk is built, opened and searched."""
+    from whence.influence.ekfac import EKFAC
+    from whence.models.objectives import LanguageObjective
+    from whence.models.text_loading import load_text
+    from whence.objective import Listed
+    from whence.store import training_index
+    from whence.store.training_index import Form
+
+    place = Path(folder)
+    objective = LanguageObjective(load_text(folder, "cpu"), LENGTH)
+    train, queries = (
+        ["".join(map(chr, row)) for row in np.load(place / f"{name}.npy").tolist()] for name in ("train", "queries")
+    )
+    examples = Listed(tuple(train))
+    held: dict[str, Any] = {}
+
+    def works(name: str) -> Works:
+        form, judge = Form(**FORMS[name][1]), FORMS[name][2]
+        where = place / f"index {name}"
+
+        def build() -> Mapping[str, Any]:
+            if name in held:
+                held.pop(name).index.close()
+            shutil.rmtree(where, ignore_errors=True)
+            training_index.build(objective, examples, where, form, judge=judge)
+            return {}
+
+        def opened() -> Mapping[str, Any]:
+            held[name] = training_index.opened(where, objective, examples)
+            size = sum(f.stat().st_size for f in where.rglob("*") if f.is_file())
+            row = sum(held[name].bytes_per_example().values())
+            return {"bytes": row, "files": size / len(examples)}
+
+        def query() -> Mapping[str, Any]:
+            found = held[name].search(queries, BEST)
+            return {"best": [f.numbers for f in found]}
+
+        def scores() -> Mapping[str, Any]:
+            return {"scores": held[name].fitted.scores(queries)}
+
+        return {f"build {name}": build, f"open {name}": opened, f"query {name}": query, f"scores {name}": scores}
+
+    def factors() -> Mapping[str, Any]:
+        held["ekfac"] = EKFAC().fit(objective, examples)
+        return {"bytes": 0}
+
+    def exact() -> Mapping[str, Any]:
+        return {"scores": held["ekfac"].scores(queries)}
+
+    found: dict[str, Any] = {"build ekfac": factors, "query ekfac": exact}
+    for name in FORMS:
+        found |= works(name)
+    return found
+
+
+# -- turns ----------------------------------------------------------------------------------------------------------------
+
+
+class FailedError(Exception):
+    """A side could not be installed, did not start or did not do its work; the reason in one line."""
+
+
+NUMBERS = count()
+
+
+class Side:
+    """A process that does named works when told to (peer_turns)."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        command = [sys.executable, "-c", _SERVE] if name == OURS else [*_peer(name), "-m", f"benchmarks.peer_{name}"]
+        alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        number = next(NUMBERS)
+        self._out = folder / f"{name}-{number}.npz"
+        self._said = (folder / f"{name}-{number}.stderr").open("w+")
+        self._process = subprocess.Popen(
+            [*command, str(folder)], cwd=ROOT, env={**os.environ, **alone, **offline}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._said, text=True,
+        )  # fmt: skip
+        self.package = str(self._answer()["ready"])
+
+    def turn(self, work: str) -> dict[str, Any]:
+        """{"cpu", "wall", "found"}; ``found`` holds the arrays it gave. Raises FailedError."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"work": work, "memory": False, "out": str(self._out)}) + "\n")
+        self._process.stdin.flush()
+        spent = self._answer()
+        with np.load(self._out) as found:
+            return {**spent, "found": dict(found)}
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
+        if not ready:
+            self._process.kill()
+            raise FailedError(f"no answer within {PATIENCE:.0f} seconds")
+        line = self._process.stdout.readline()
+        if not line:
+            self._said.seek(0)
+            last = self._said.read().strip().splitlines()[-1:]
+            raise FailedError(last[0] if last else f"it ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise FailedError(answer["failed"])
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+        self._said.close()
+
+
+_SERVE = (
+    "import whence; from benchmarks.tda_peers import ours; from benchmarks.peer_turns import serve; "
+    "serve(ours, f'whence {whence.__version__}')"
+)
+
+
+def _peer(name: str) -> list[str]:
+    if not (ROOT / "benchmarks" / f"peer_{name}.py").exists():
+        raise FailedError(ABSENT[name])
+    try:
+        return [str(python_of(name))]
+    except subprocess.CalledProcessError as error:
+        raise FailedError(f"not installed: {' '.join(map(str, error.cmd[-3:]))}") from None
+
+
+ABSENT: dict[str, str] = {}
+"""Peers that cannot be had, and why."""
+
+
+def one_turn(side: Side, work: str) -> dict[str, Any]:
+    """Build, (open,) ask: {"build", "query" [turn, cpu and wall], "scores", ...}. The first query warms up, unless it is
+    a long one."""
+    found: dict[str, Any] = {}
+    built = side.turn(f"build {work}")
+    found |= built["found"]
+    if work in FORMS:
+        opened = side.turn(f"open {work}")
+        found |= opened["found"] | {"open": [opened["cpu"], opened["wall"]]}
+    asked = [side.turn(f"query {work}")]
+    if asked[0]["cpu"] < QUICK:
+        asked = [side.turn(f"query {work}") for _ in range(3)]
+    found |= asked[0]["found"]
+    if "scores" not in found:
+        found |= side.turn(f"scores {work}")["found"]
+    found["build"] = [built["cpu"], built["wall"]]
+    found["query"] = [[a["cpu"], a["wall"]] for a in asked]
+    return {k: np.asarray(v) for k, v in found.items()}
+
+
+class Rounds:
+    """All systems in turn, round by round; each turn kept, so that a run that was stopped goes on with the next."""
+
+    def __init__(self, folder: Path, turns: Path) -> None:
+        self.folder, self.turns = folder, turns
+        turns.mkdir(parents=True, exist_ok=True)
+        self._sides: dict[str, Side] = {}
+        self.failed: dict[str, str] = {}
+        self.package: dict[str, str] = {}
+
+    def run(self, systems: Sequence[System], rounds: int) -> dict[str, list[dict[str, Any]]]:
+        """system -> its turns."""
+        found: dict[str, list[dict[str, Any]]] = {s.name: [] for s in systems}
+        for r in range(rounds):
+            for system in systems:
+                if system.name in self.failed:
+                    continue
+                try:
+                    turn = self._turn(system, r)
+                except FailedError as error:
+                    self.failed[system.name] = str(error)
+                    self._close(system.side)
+                    _say(f"{system.name} failed: {error}")
+                    continue
+                found[system.name].append(turn)
+                build, query = turn["build"][0], np.median(turn["query"], 0)[0]
+                _say(f"{self.folder.name}, round {r + 1} of {rounds}: {system.name} {build:.2f} s, {query:.4f} s")
+        for name in list(self._sides):
+            self._close(name)
+        return {name: turns for name, turns in found.items() if name not in self.failed}
+
+    def _turn(self, system: System, number: int) -> dict[str, Any]:
+        path = self.turns / f"{system.name} {number}.npz"
+        if not path.exists():
+            if system.side not in self._sides:
+                self._sides[system.side] = Side(system.side, self.folder)
+            side = self._sides[system.side]
+            turn = one_turn(side, system.work) | {"package": np.array(side.package)}
+            np.savez(path.with_suffix(".part.npz"), **turn)
+            path.with_suffix(".part.npz").rename(path)
+        with np.load(path) as kept:
+            turn = dict(kept)
+        self.package[system.name] = str(turn["package"])
+        return turn
+
+    def _close(self, name: str) -> None:
+        if name in self._sides:
+            self._sides.pop(name).close()
+
+
+# -- judging --------------------------------------------------------------------------------------------------------------
+
+
+def summary(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
+    """Median and range."""
+    low, high = float(min(values)), float(max(values))
+    return {"median": round(float(statistics.median(values)), digits), "range": [round(low, digits), round(high, digits)]}
+
+
+def agreement(scores: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    """NDCG@20 (gain: the reference's positive scores) and Spearman, mean over queries."""
+    from scipy.stats import spearmanr
+    from sklearn.metrics import ndcg_score
+
+    ranks = [spearmanr(a, b).statistic for a, b in zip(scores, true, strict=True)]
+    gains = [ndcg_score([np.clip(b, 0, None)], [a], k=BEST) for a, b in zip(scores, true, strict=True)]
+    return {f"ndcg@{BEST}": round(float(np.mean(gains)), 3), "spearman": round(float(np.nanmean(ranks)), 3)}
+
+
+def interval(values: np.ndarray, name: str) -> dict[str, Any]:
+    """Mean over queries with its 95 % bootstrap interval."""
+    from whence.engine.randomness import stream
+
+    draws = stream("tda_peers", "bootstrap", name).integers(0, len(values), (10_000, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return {"mean": round(float(values.mean()), 4), "interval": [round(float(low), 4), round(float(high), 4)]}
+
+
+def table(turns: Mapping[str, list[dict[str, Any]]], packages: Mapping[str, str]) -> dict[str, Any]:
+    """A row for each system: seconds, bytes, agreement with EK-FAC."""
+    from whence.engine.randomness import stream
+
+    rows: dict[str, Any] = {}
+    notes = {s.name: s.note for s in SYSTEMS}
+    for name, own in turns.items():
+        row: dict[str, Any] = {"package": packages[name], "what": notes[name], "rounds": len(own)}
+        for i, clock in enumerate(("cpu", "wall")):
+            row[f"build, {clock} seconds"] = summary([t["build"][i] for t in own], 3)
+            row[f"query, {clock} seconds"] = summary([float(np.median(t["query"], 0)[i]) for t in own])
+            if "open" in own[0]:
+                row[f"open, {clock} seconds"] = summary([t["open"][i] for t in own])
+        for key, said in (("bytes", "bytes per example"), ("files", "bytes of all files per example")):
+            if key in own[0]:
+                row[said] = round(float(own[0][key]), 1)
+        row["agreement"] = {
+            said: agreement(own[0]["scores"], turns[ref][0]["scores"])
+            for ref, said in REFERENCES.items()
+            if ref in turns and ref != name
+        }
+        rows[name] = row
+    some = next(iter(turns.values()))[0]["scores"]
+    chance = stream("tda_peers", "chance").normal(size=some.shape)
+    rows["random scores"] = {
+        "agreement": {said: agreement(chance, turns[ref][0]["scores"]) for ref, said in REFERENCES.items() if ref in turns}
+    }
+    return rows
+
+
+def against(turns: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Our seconds beside the fastest peer's, round by round, on both clocks."""
+    peers = [s.name for s in SYSTEMS if s.side != OURS and s.name in turns]
+    forms = [s.name for s in SYSTEMS if s.side == OURS and s != EXACT and s.name in turns]
+    if not peers:
+        return {}
+
+    def build(name: str, i: int) -> list[float]:
+        return [float(t["build"][i]) for t in turns[name]]
+
+    def query(name: str, i: int) -> list[float]:
+        return [float(np.median(t["query"], 0)[i]) for t in turns[name]]
+
+    found: dict[str, Any] = {}
+    fastest = min(peers, key=lambda n: statistics.median(build(n, 0)))
+    asked = min((p for p in peers if p.startswith("Bergson")), default="", key=lambda n: statistics.median(query(n, 0)))
+    for name in forms:
+        row: dict[str, Any] = {}
+        for i, clock in enumerate(("cpu", "wall")):
+            ratio = summary([a / b for a, b in zip(build(name, i), build(fastest, i), strict=False)], 3)
+            row[f"build / {fastest}, {clock}"] = ratio
+            if asked:
+                pair = zip(query(name, i), query(asked, i), strict=False)
+                row[f"query / {asked}, {clock}"] = summary([a / b for a, b in pair], 3)
+        row["build aim reached"] = row[f"build / {fastest}, cpu"]["median"] <= BUILD_AIM
+        if asked:
+            row["query aim reached"] = row[f"query / {asked}, cpu"]["median"] <= QUERY_AIM
+        found[name] = row
+    return {"aims": {"build": BUILD_AIM, "query": QUERY_AIM}, **found}
+
+
+def datamodelling(turns: Mapping[str, list[dict[str, Any]]], kept: np.ndarray, outputs: np.ndarray) -> dict[str, Any]:
+    """LDS of each system with its interval, and its difference from the best peer's."""
+    from whence.checks.lds import correlations
+    from whence.engine.randomness import stream
+
+    values = {name: correlations(own[0]["scores"], kept, outputs) for name, own in turns.items()}
+    some = next(iter(turns.values()))[0]["scores"]
+    values["random scores"] = correlations(stream("tda_peers", "lds").normal(size=some.shape), kept, outputs)
+    peers = [s.name for s in SYSTEMS if s.side != OURS and s.name in values]
+    best = max(peers, key=lambda n: float(values[n].mean()), default="")
+    rows = {}
+    for name, own in values.items():
+        rows[name] = interval(own, name)
+        if best and name != best:
+            rows[name][f"minus {best}"] = interval(own - values[best], f"{name} {best}")
+    return {"best peer": best, "halves": len(kept), "queries": outputs.shape[1], "rows": rows}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = arguments(str(__doc__))
+    parser.add_argument("--quick", action="store_true", help="our side alone, small, in less than a minute")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds")
+    parser.add_argument("--halves", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=2, help="trainings on each half")
+    parser.add_argument("--only", nargs="*", choices=[s.name for s in SYSTEMS])
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "whence-tda-peers")
+    parser.add_argument("--anew", action="store_true", help="forget the turns of a run that was stopped")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    cost, lds, rounds, halves, seeds = COST, LDS, options.repeats, options.halves, options.seeds
+    systems = [s for s in SYSTEMS if not options.only or s.name in options.only]
+    if options.quick:
+        cost, lds = World("cost", 2, 64, 4, 96, 4, 1, 32, 1e-3), World("lds", 1, 16, 2, 64, 4, 2, 16, 3e-3)
+        systems, rounds, halves, seeds = [s for s in systems if s.side == OURS], 1, 8, 1
+    turns = options.work / f"turns-{cost.key()}-{lds.key()}"
+    if options.anew:
+        shutil.rmtree(turns, ignore_errors=True)
+    folder = folder_of(cost, options.work)
+    timed = Rounds(folder, turns / "cost")
+    measured = timed.run(systems, rounds)
+    task = json.loads((folder / "task.json").read_text())
+    result: dict[str, Any] = {
+        "model": {**asdict(cost), "weights": sum(p.numel() for p in network(cost, 0).parameters()),
+                  "nats per byte": task["nats per byte"]},
+        "systems": table(measured, timed.package), "against peers": against(measured),
+    }  # fmt: skip
+    small = folder_of(lds, options.work)
+    kept, outputs = retrained(lds, options.work, halves, seeds)
+    judged = Rounds(small, turns / "lds")
+    scored = judged.run(systems, 1)
+    result["lds"] = {"model": asdict(lds), "seeds": seeds, **datamodelling(scored, kept, outputs)}
+    result["lds"]["agreement"] = {name: row["agreement"] for name, row in table(scored, judged.package).items()}
+    result["failed"] = timed.failed | {f"{name} (lds)": why for name, why in judged.failed.items()}
+    publish("tda_peers", result, options)
+    shutil.rmtree(turns, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
