@@ -8,8 +8,8 @@ nothing here is about quality.
 
 * ``scan``: the bits in memory, held against 1 to 10 queries, beside the memory-read limit: adding up the same bytes as
   64-bit words with the same threads, compiled by the same compiler, in turn with the scans. ``ratio`` is that of the
-  fastest of each; ``ratio_of_pairs`` the median over neighbours in time, with its 95 % bootstrap interval; the same for
-  processor seconds, which other people's programs disturb less. ``bare`` is 2,048 bits without scales.
+  fastest of each, part by part; ``ratio_of_pairs`` the median over repeats, with its 95 % bootstrap interval;
+  ``ratio_of_processor_seconds`` as ``ratio``, disturbed less by other programs. ``bare``: 2,048 bits without scales.
 * ``growth``: seconds against the number of examples, with the fitted slope and the largest distance from the line.
 * ``query``: an index of `whence.store` on disk, end to end: scan, both ends, int8 re-score of 2 per cent, half
   from each end; checked and mapped for the first time, then again. ``memory``: the most that is allocated meanwhile.
@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -48,6 +49,8 @@ BARE = Signs({"all": (2048,)}, scaled=False)
 INT8 = Numbers({f"layer {i}": (256,) for i in range(8)})
 AIM = 1.5
 SHARD = 65_536
+PARTS = 8
+"""Parts that the examples are timed in."""
 BEST = 0.01
 """Share of the examples that is scored again, from each end of the ranking."""
 AT_ONCE = 8192
@@ -72,7 +75,7 @@ declare i64 @llvm.vector.reduce.add.v4i64(<4 x i64>)
 """
 
 
-def reader() -> Callable[[np.ndarray, int], None]:
+def reader(threads: int) -> Callable[[np.ndarray], None]:
     """Adds up an array as 64-bit words with so many threads; in eight sums, so that only memory is waited for."""
     loop = [f"%s{i} = phi <4 x i64> [zeroinitializer, %start], [%t{i}, %next]" for i in range(8)]
     loop.append("%p = getelementptr i8, ptr %codes, i64 %at")
@@ -84,19 +87,14 @@ def reader() -> Callable[[np.ndarray, int], None]:
     text = READ.format(loop="\n".join(loop), sums="\n".join(sums))
     call = compiled(text, "read", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 
-    def read(codes: np.ndarray, threads: int) -> None:
+    pool = ThreadPoolExecutor(threads)
+
+    def read(codes: np.ndarray) -> None:
         part = codes.nbytes // threads // 256 * 256
-        found = [0] * threads
-
-        def one(i: int) -> None:
-            found[i] = call(codes.ctypes.data + i * part, part)
-
-        others = [threading.Thread(target=one, args=(i,)) for i in range(1, threads)]
-        for t in others:
-            t.start()
-        one(0)
-        for t in others:
-            t.join()
+        if threads == 1:
+            call(codes.ctypes.data, part)
+        else:
+            list(pool.map(lambda i: call(codes.ctypes.data + i * part, part), range(threads)))
 
     return read
 
@@ -115,42 +113,59 @@ def queries_of(codec: Signs | Numbers, count: int) -> dict[str, torch.Tensor]:
     return {k: torch.randn(count, *s, generator=torch_stream("query", k)) for k, s in codec.shapes.items()}
 
 
-def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
-    """name -> [repeat, (seconds, processor seconds)]; all works once in each repeat."""
-    found = {name: np.zeros((repeats, 2)) for name in works}
-    for work in works.values():
-        work()
-    for r in range(repeats):
-        for name, work in works.items():
-            began = time.perf_counter(), time.process_time()
-            work()
-            found[name][r] = time.perf_counter() - began[0], time.process_time() - began[1]
-    return found
+Work = Callable[[int, int], object]
+"""Something done to the rows from one to another."""
+
+
+def in_turn(works: dict[str, tuple[Work, int]], part: int, repeats: int) -> dict[str, np.ndarray]:
+    """name -> [repeat, part, (seconds, processor seconds)] of each work on its number of rows, ``part`` rows at a time;
+    all works once in each repeat."""
+    found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in works}
+    for work, rows in works.values():
+        work(0, rows)
+    for _ in range(repeats):
+        for name, (work, rows) in works.items():
+            row = []
+            for at in range(0, rows, part):
+                began = time.perf_counter(), time.process_time()
+                work(at, min(at + part, rows))
+                row.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+            found[name].append(row)
+    return {name: np.array(rows) for name, rows in found.items()}
+
+
+def fastest(times: np.ndarray) -> np.ndarray:
+    """Seconds and processor seconds, each part at its fastest: what other programs do spoils a part, not a repeat."""
+    return times.min(0).sum(0)
 
 
 def against(times: np.ndarray, limit: np.ndarray) -> dict[str, Any]:
     """Fastest, and ratios to the limit."""
-    row: dict[str, Any] = {"seconds": times[:, 0].min(), "limit_seconds": limit[:, 0].min()}
-    for i, kind in enumerate(("", "_of_processor_seconds")):
-        row["ratio" + kind] = times[:, i].min() / limit[:, i].min()
-    pairs = times[:, 0] / limit[:, 0]
-    rng = stream("bootstrap")
-    drawn = np.median(rng.choice(pairs, (2000, len(pairs))), 1)
-    row["ratio_of_pairs"] = float(np.median(pairs))
-    row["interval"] = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return {k: v if isinstance(v, list) else round(float(v), 5) for k, v in row.items()}
+    row: dict[str, Any] = {"seconds": fastest(times)[0], "limit_seconds": fastest(limit)[0]}
+    row["ratio"], row["ratio_of_processor_seconds"] = fastest(times) / fastest(limit)
+    pairs = times[..., 0].sum(1) / limit[..., 0].sum(1)
+    drawn = np.median(stream("bootstrap").choice(pairs, (2000, len(pairs))), 1)
+    row["ratio_of_pairs"] = np.median(pairs)
+    row = {name: round(float(value), 5) for name, value in row.items()}
+    return {**row, "interval": np.quantile(drawn, [0.025, 0.975]).round(3).tolist()}
 
 
 def scans(n: int, threads: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Scans in memory beside the read limit, and their growth with the number of examples."""
-    read, rows = reader(), []
+    read, rows = reader(threads), []
     growth: dict[str, Any] = {}
     for name, codec, counts in (("8 layers with scales", BITS, (1, 2, 5, 10)), ("bare", BARE, (1, 10))):
         codes = codes_of(codec, n)
+
+        def reads(start: int, stop: int, codes: np.ndarray = codes) -> None:
+            read(codes[start:stop])
+
+        def scan(held: Scan, codes: np.ndarray = codes) -> Work:
+            return lambda start, stop: held.scores(codes[start:stop])
+
         held = {count: Scan(codec, queries_of(codec, count)) for count in counts}
-        works: dict[str, Callable[[], object]] = {"limit": lambda c=codes: read(c, threads)}  # type: ignore[misc]
-        works |= {str(count): lambda h=h, c=codes: h.scores(c) for count, h in held.items()}  # type: ignore[misc]
-        times = in_turn(works, repeats)
+        works = {"limit": (reads, n)} | {str(count): (scan(h), n) for count, h in held.items()}
+        times = in_turn(works, n // PARTS, repeats)
         for count in counts:
             row = {
                 "layout": name,
@@ -164,8 +179,8 @@ def scans(n: int, threads: int, repeats: int) -> tuple[list[dict[str, Any]], dic
         if codec is BITS:
             sizes = [n // 8, n // 4, n // 2, 3 * n // 4, n]
             for count in (1, 10):
-                parts = {str(k): lambda k=k, h=held[count], c=codes: h.scores(c[:k]) for k in sizes}  # type: ignore[misc]
-                best = [t[:, 0].min() for t in in_turn(parts, repeats).values()]  # type: ignore[arg-type]
+                parts = {str(size): (scan(held[count]), size) for size in sizes}
+                best = [fastest(t)[0] for t in in_turn(parts, n // PARTS, repeats).values()]
                 slope, rest = np.polyfit(sizes, best, 1)
                 far = np.abs(np.array(best) / np.polyval([slope, rest], sizes) - 1).max()
                 growth[f"{count} queries"] = {

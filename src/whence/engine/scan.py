@@ -69,8 +69,10 @@ class Scan:
         self.error = np.zeros((len(flat), len(codec.shapes)), np.float32)
         if self.compiled:
             self._tables, self.error = _tables(flat.double().numpy(), codec)
+            t = self._tables
+            self._places = [a.ctypes.data for a in (t.numbers, t.steps, t.bases, t.ends, t.groups, t.offsets)]
             self._heads = -(-codec.head // CHUNK)
-            self._kernel = kernel(codec.stride, self._heads, self._tables.steps.shape[2])
+            self._kernel = kernel(codec.stride, self._heads, t.steps.shape[2])
 
     def scores(self, codes: Rows | Tensor) -> Scores:
         """[query, example] of rows [example, stride]."""
@@ -103,9 +105,8 @@ class Scan:
         t = self._tables
         scales = np.zeros((max(self._heads, 1) * CHUNK, TILE), np.uint8)
         scales[:2] = [[0x80], [0x3F]]  # 1 in bfloat16, for rows without scales
-        arrays = (rows, t.numbers, t.steps, t.bases, t.ends, t.groups, t.offsets, scales, out)
         self._kernel(
-            *(a.ctypes.data for a in arrays),
+            rows.ctypes.data, *self._places, scales.ctypes.data, out.ctypes.data,
             start, stop, len(t.steps), len(t.ends), len(t.offsets), out.strides[0] // 4,
         )  # fmt: skip
 
@@ -285,7 +286,7 @@ def _program(stride: int, heads: int, queries: int) -> Any:
         for i in range(4):
             between.append(interleave([rows(i + 4 * j) for j in range(4)]))
             for line in (2 * i, 2 * i + 1):
-                b.call(fetch, [at(ahead, long(64 * line)), ir.IntType(32)(0), ir.IntType(32)(3), ir.IntType(32)(1)])
+                b.call(fetch, [at(ahead, long(64 * line)), *(ir.IntType(32)(k) for k in (0, 0, 1))])  # read, once, data
         for j in range(4):
             yield from interleave([x[j] for x in between])
 
