@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import whence
@@ -9,6 +10,8 @@ from whence import proving
 from whence.errors import MethodError, RunError
 from whence.models.loading import load
 from whence.models.small_stable_diffusion import build_pipeline
+from whence.proving import together
+from whence.verdict import judge
 from whence.worlds import trial
 from whence.worlds.shapes import trials
 from whence.worlds.shapes.scenes import WORDS
@@ -97,3 +100,23 @@ def test_a_journal_does_not_take_another_explainer_of_the_same_name_for_this_one
     path.write_text(MINE.replace("first", "x").replace("last", "first"))
     after = proving.prove([f"{path}:first"], world="twins", journal=journal)
     assert before[0]["panel"] != after[0]["panel"]  # by AUC, positions are at chance by construction
+
+
+def test_many_rows_together_are_corrected_and_bounds_are_left_out():
+    def row(name, effects, **more):
+        v = judge(effects, np.zeros(len(effects)), claim=name, delta=0.1, alpha=0.05, replicate="draw")
+        return {"method": name, "word": v.word, "verdict": v.record(), **more}
+
+    rng = np.random.default_rng(0)
+    weak = row("weak", [0.5, 0.05, 0.45, 0.1, 0.4, 0.02])
+    strong = row("strong", 0.4 + 0.01 * rng.normal(size=6))
+    nulls = [row(f"null {i}", 0.1 * rng.normal(size=6)) for i in range(10)]
+    assert weak["word"] == strong["word"] == "supported"
+    assert together([weak])[0]["word"] == "supported"
+    found = {r["method"]: r for r in together([weak, strong, *nulls, {"method": "no trial", "word": "tested"}])}
+    assert found["strong"]["word"] == "supported"
+    assert found["weak"]["word"] == "undecided"
+    assert "12 claims" in found["weak"]["reason"]
+    assert found["no trial"] == {"method": "no trial", "word": "tested"}
+    bound = row("floor", [0.5, 0.05, 0.45, 0.1, 0.4, 0.02], bound="floor")
+    assert together([bound, *nulls])[0] == bound

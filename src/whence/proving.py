@@ -388,7 +388,20 @@ def prove(
     else:
         opened = trials.open()
         found = {task: _rows(task, trials, opened, advance, model) for task in tasks}
-    return [row for task in tasks for row in found[task]]
+    return together([row for task in tasks for row in found[task]])
+
+
+def together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, judged as the many claims that they are (:func:`whence.verdict.correct`). Bounds claim nothing."""
+    from .verdict import Verdict, correct
+
+    claims = [i for i, row in enumerate(rows) if "verdict" in row and "bound" not in row]
+    rows = list(rows)
+    for i, verdict in zip(claims, correct([Verdict(**rows[i]["verdict"]) for i in claims]), strict=True):
+        rows[i] = rows[i] | {"verdict": verdict.record()}
+        if rows[i]["word"] != verdict.word and rows[i]["word"] == "supported":
+            rows[i] |= {"word": verdict.word, "reason": verdict.details["why"]}
+    return rows
 
 
 def _worlds_of(names: Iterable[str]) -> list[str]:
