@@ -120,3 +120,29 @@ def test_many_rows_together_are_corrected_and_bounds_are_left_out():
     assert found["no trial"] == {"method": "no trial", "word": "tested"}
     bound = row("floor", [0.5, 0.05, 0.45, 0.1, 0.4, 0.02], bound="floor")
     assert together([bound, *nulls])[0] == bound
+
+
+def test_the_shuffled_control_has_the_answers_that_were_given_and_asks_for_none():
+    asked = []
+
+    def first(question):
+        asked.append(question.units)
+        return np.arange(len(question.units), 0, -1.0)
+
+    world, draws = proving.Ground(2)["twins"]
+    row = proving.try_explainer("first", first, world, draws, asked_of=["single"])
+    questions = [p for d in draws for p in d.planted if p.structure == "single"]
+    assert len(asked) == sum(2 + len(p.nulls) for p in questions)
+    assert row["controls"]["shuffled"]["n"] == 2
+    assert list(row["panel"]) == ["single"]
+
+
+def test_rows_of_one_world_share_a_process_unless_they_are_most_of_the_work():
+    trials = proving._Trials(False, None, None, None)
+    tasks = ["mexgen", "atman", "saliency", "lime", "grad_dot", "bounds of facts", "lds"]
+    shares = proving._shares(tasks, trials, 2)
+    assert sorted(t for s in shares for t in s) == sorted(tasks)
+    assert {"saliency", "lime"} in map(set, shares)
+    (halved,) = [s for s in proving._shares(["mexgen", "atman"], trials, 2) if "atman" in s]
+    assert halved == ["atman"]
+    assert len(proving._shares(["mexgen", "atman"], trials, 1)) == 1

@@ -190,7 +190,7 @@ def try_explainer(
     from .worlds import trial
     from .worlds.registry import model_free
 
-    limits = budget or Budget()
+    limits, explain = budget or Budget(), trial.once(explain)
     row: dict[str, Any] = {
         "method": name,
         "claim": claim or f"{name} finds what caused the outcome: {world.name}.{structure}",
@@ -302,6 +302,8 @@ class _Trials:
     world: str | None
     key: str | None
     journal: Path | None
+    brief: bool = False
+    """Each method on the structure of its Card alone."""
 
     def open(self) -> tuple[Ground, Journal | None]:
         """Its worlds, none drawn yet, and its journal."""
@@ -326,7 +328,7 @@ def _rows(
     if name.startswith(BOUNDS):
         return _bounds(name.removeprefix(BOUNDS), ground, journal, advance, trials.full)
     if ".py:" in name or trials.world or asks_questions(card_of(name)):
-        return [_on_questions(name, trials.world, ground, journal, advance)]
+        return [_on_questions(name, trials, ground, journal, advance)]
     if model is None:
         from .verbs import load
 
@@ -347,12 +349,12 @@ def _opened(trials: _Trials) -> tuple[Ground, Journal | None]:
     return trials.open()
 
 
-def _rows_elsewhere(name: str, trials: _Trials, steps: Any) -> tuple[str, list[dict[str, Any]]]:
-    """:func:`_rows` in a worker process, its progress told through a queue."""
+def _rows_elsewhere(names: Sequence[str], trials: _Trials, steps: Any) -> dict[str, list[dict[str, Any]]]:
+    """:func:`_rows` of each in a worker process, their progress told through a queue."""
     import torch
 
     torch.set_num_threads(1)
-    return name, _rows(name, trials, _opened(trials), lambda n=1, note="": steps.put((n, note)))
+    return {n: _rows(n, trials, _opened(trials), lambda n=1, note="": steps.put((n, note))) for n in names}
 
 
 def prove(
@@ -368,7 +370,8 @@ def prove(
     """Rows for the named methods (none: all). Unknown names are refused before any work.
 
     Pictures are made by ``model``, else by the embedded one. Questions come from the world that the Card names, or from
-    ``world``; ``full`` takes as many draws and pictures as the published numbers had. ``names`` may be
+    ``world``; ``full`` takes as many draws and pictures as the published numbers had. A trial of everything asks each
+    method for the structure of its Card alone; one that is named or ``full``, for all of the world's. ``names`` may be
     ``file.py:function``, an explainer of yours. ``journal``: a file that keeps finished draws, so that a stopped trial
     goes on. ``jobs``: processes that share the rows; the numbers do not depend on it.
     """
@@ -379,7 +382,7 @@ def prove(
 
         registry.find(world)
         chosen = chosen or [n for n, c in cards.items() if asks_questions(c)]
-    trials = _Trials(full, world, key, journal)
+    trials = _Trials(full, world, key, journal, brief=not (names or full or world))
     tasks = chosen or list(cards)
     if not names:
         tasks = [*tasks, *(BOUNDS + w for w in ([world] if world else _worlds_of(tasks)))]
@@ -410,14 +413,11 @@ def _worlds_of(names: Iterable[str]) -> list[str]:
 
 
 def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance | None) -> dict[str, Any]:
-    """Rows from several processes. The longest rows, by what their Cards say, are begun first."""
+    """Rows from several processes."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
     from threading import Thread
-
-    def seconds(task: str) -> float:
-        return 60.0 if task.startswith(BOUNDS) or ".py:" in task else float(card_of(task).falsifier.get("seconds", 0))
 
     context = get_context("spawn")  # a forked process may hang in the threads that torch began before
     with context.Manager() as manager:
@@ -432,9 +432,12 @@ def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance |
         teller.start()
         workers = ProcessPoolExecutor(min(jobs, len(tasks)), context)
         try:
-            longest_first = sorted(tasks, key=seconds, reverse=True)
-            begun = [workers.submit(_rows_elsewhere, task, trials, steps) for task in longest_first]
-            found = dict(done.result() for done in as_completed(begun))
+            begun = [
+                workers.submit(_rows_elsewhere, together, trials, steps) for together in _shares(tasks, trials, jobs)
+            ]
+            found: dict[str, Any] = {}
+            for done in as_completed(begun):
+                found |= done.result()
         except BrokenProcessPool:
             raise RunError(
                 f"{len(tasks)} rows in {jobs} processes",
@@ -453,6 +456,31 @@ def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance |
     return found
 
 
+def _shares(tasks: Sequence[str], trials: _Trials, jobs: int) -> list[list[str]]:
+    """Tasks that one process does, the longest share first, by what Cards say. Those of one world stay together, as its
+    draws have to be made and certified once in each process; one that takes more than its part of all is halved."""
+
+    def seconds(task: str) -> float:
+        return 40.0 if task.startswith(BOUNDS) or ".py:" in task else float(card_of(task).falsifier.get("seconds", 0))
+
+    def world(task: str) -> str:
+        if task.startswith(BOUNDS):
+            return task.removeprefix(BOUNDS)
+        if trials.world or ".py:" in task:
+            return trials.world or "twins"
+        return str(card_of(task).falsifier.get("trial", task)).partition(".")[0]
+
+    shares: dict[str, list[str]] = {}
+    for task in sorted(tasks, key=seconds, reverse=True):
+        shares.setdefault(world(task), []).append(task)
+    most = sum(map(seconds, tasks)) / jobs * 1.2
+    found = []
+    for share in shares.values():
+        whole = len(share) < 2 or sum(map(seconds, share)) <= most
+        found += [share] if whole else [share[::2], share[1::2]]
+    return sorted(found, key=lambda share: -sum(map(seconds, share)))
+
+
 BOUNDS = "bounds of "
 
 
@@ -466,7 +494,8 @@ def _bounds(
     name: str, ground: Ground, journal: Journal | None, advance: Advance | None, full: bool
 ) -> list[dict[str, Any]]:
     """Brute force, the ceiling, and random scores, the floor, on one world; unless ``full`` on its first structure
-    alone, as brute force asks the model some ten thousand times a question."""
+    alone, as brute force asks the model some ten thousand times a question. Where to ask is to train again, there is
+    no ceiling: it would take hours."""
     from .question import Budget
     from .worlds import trial
 
@@ -479,7 +508,8 @@ def _bounds(
         ("random", trial.random_scores, Budget(), "floor"),
     )
     rows = []
-    for label, explain, budget, bound in ends:
+    trains = "training examples" in draws[0].planted[0].question.capabilities
+    for label, explain, budget, bound in ends[1:] if trains else ends:
         if advance:
             advance(0, f"{label} on {name}")
         row = try_explainer(
@@ -491,8 +521,9 @@ def _bounds(
 
 
 def _on_questions(
-    name: str, world: str | None, ground: Ground, journal: Journal | None, advance: Advance | None
+    name: str, trials: _Trials, ground: Ground, journal: Journal | None, advance: Advance | None
 ) -> dict[str, Any]:
+    world = trials.world
     label, explain, card = _explainer(name)
     place, _, structure = str(card.falsifier["trial"]).partition(".") if card else ("twins", ".", "single")
     if card and not asks_questions(card):
@@ -515,7 +546,7 @@ def _on_questions(
         more = {"claim": card.claim, "expect": float(card.falsifier["expect"])}
     return try_explainer(
         label, explain, found, draws, structure=structure, journal=journal, advance=advance,
-        version=_version(name, world or ""), **more,
+        version=_version(name, world or ""), asked_of=[structure] if trials.brief else (), **more,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin tokens decide the outcome; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 120,
+        "seconds": 90,
     },
     departs="The mean over all layers, heads and queries; the paper looks at the one attention layer of a recurrent "
     "model.",

@@ -53,7 +53,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin units decide the outcome; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 30,
+        "seconds": 5,
     },
     departs="One question at a time, so the context x is the constant 1: no encoder is trained over many inputs. The "
     "signed integrated gradient at the input, where the paper adds up rectified gradient times activation in a hidden "

@@ -51,7 +51,7 @@ CARD = Card(
         "planted": "a keyed coin made either unit of one of two twin pairs suffice for the outcome; certified by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="Units are removed by drawing them anew; the paper pads or masks them. The readout less its value with "
     "nothing kept takes the place of the margin over the next best class. A span's cuts are measured once, among the "

@@ -38,7 +38,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin units decide the outcome; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="Entries of a unit are added up.",
     avoid="Where a unit's value 0 says something (an absence can never score), and where the model is saturated.",

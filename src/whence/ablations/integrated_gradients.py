@@ -40,7 +40,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin units decide the outcome; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="Baselines are drawn from the world instead of one zero input, and the integral is taken for each of them "
     "by Gauss-Legendre quadrature; Erion et al. draw one point of the path per baseline.",

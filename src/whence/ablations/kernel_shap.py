@@ -40,7 +40,7 @@ CARD = Card(
         "planted": "a keyed coin made either unit of one of two twin pairs suffice for the outcome; certified by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="Units not in the coalition are drawn from the world's own conditional; the paper's estimate takes them "
     "from other inputs as if features were independent.",

@@ -51,7 +51,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two identical arms decide; certified by swaps on the model itself",
         "expect": 0.9,
         "control": "random scores, its own scores shuffled, and scorers that never ask the model",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="The unit is a word of the prompt and is replaced by words of its class at the same seed, not erased.",
     avoid="Where words work only together or stand in for each other: each alone may show nothing.",

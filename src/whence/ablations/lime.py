@@ -39,7 +39,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin units decide the outcome; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="Removed units are drawn from the world's own conditional, not deleted. Omega is a small ridge penalty "
     "over all units; the paper keeps K of them by lasso first, which would score the others 0.",

@@ -40,7 +40,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin units decide the outcome; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="Windows of units in their order instead of squares of pixels, drawn anew instead of painted grey.",
     avoid="Where the order of the units means nothing (window=1 then), and for units that act together from afar.",

@@ -39,7 +39,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin units decide the outcome; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="Entries of a unit (the width of an embedding) take the place of colour channels.",
     avoid="For how much, or which way: it is a rate without sign. Where the model is saturated, or a unit counts by a "

@@ -42,7 +42,7 @@ CARD = Card(
         "planted": "a keyed coin made one of two twin pairs decide the outcome together; certified by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 20,
+        "seconds": 5,
     },
     departs="The game's value is the mean over re-renderings of the units that have not arrived.",
     avoid="For local counterfactuals: fair shares need not be what the output loses without the unit. With many units "

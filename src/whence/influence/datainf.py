@@ -46,7 +46,7 @@ CARD = Card(
         "planted": "the carriers, whose mark goes with one label throughout",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="C by its leading directions (singular), exact where that is not below the number of examples or weights; "
     "the paper sums over all examples at each query. Larger scores are proponents: the paper's sign is turned. A bias "

@@ -44,7 +44,7 @@ CARD = Card(
         "planted": "the carriers, whose mark goes with one label throughout",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="Biases are a column of their layer. Norms and embeddings get the diagonal of their Fisher. lambda is a "
     "tenth of each layer's mean eigenvalue, as in the paper.",

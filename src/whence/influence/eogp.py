@@ -46,7 +46,7 @@ CARD = Card(
         "planted": "the carriers of the mark that decides; the other mark's examples have larger gradients",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5; grad_dot .32",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="Written from a summary, not from the paper's text: which basis, which bits and the scale "
     "are our reading. The rotation is an addition: without it the LDS on digits fell from .37 to .24 (1,024 "

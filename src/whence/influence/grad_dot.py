@@ -39,7 +39,7 @@ CARD = Card(
         "planted": "the carriers, whose mark goes with one label throughout",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="Gradients may be projected (size); whole by default.",
     avoid="As the only answer: examples with large gradients score high for every query. Take one with a curvature.",

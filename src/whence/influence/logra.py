@@ -43,7 +43,7 @@ CARD = Card(
         "planted": "the carriers of the mark that decides; the other mark's examples have larger gradients",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5; grad_dot .32",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="Biases, embeddings and norms are projected too, not linear layers alone. Rademacher entries. lambda by "
     "held-out likelihood (damping=), where the paper leaves it to the user. Rows are int8 or float16, not float32.",

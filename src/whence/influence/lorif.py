@@ -46,7 +46,7 @@ CARD = Card(
         "planted": "the carriers of the mark that decides; the other mark's examples have larger gradients",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5; grad_dot .32",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="The inverse is applied to the query, not to each example (equal numbers). Biases, embeddings and norms "
     "are projected too. A rank above 1 is orthonormalised by "

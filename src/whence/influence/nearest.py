@@ -49,7 +49,7 @@ CARD = Card(
         "planted": "the carriers, whose mark goes with one label throughout",
         "expect": 0.9,
         "control": "random and shuffled scores: about .5, as its own should be",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="The layer is by default what goes into the last one that has weights. Rows are float16.",
     avoid="As an answer to why: it is a baseline. A gradient method that does not beat it has found likeness too.",

@@ -42,7 +42,7 @@ CARD = Card(
         "planted": "the carriers, whose mark goes with one label throughout",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="TracInCP alone, not the sum over every step. Over all layers unless layers= names some; the paper takes "
     "the last. A projection (size) is two-sided and by layer. Each checkpoint counts once: neither how often an "

@@ -46,7 +46,7 @@ CARD = Card(
         "planted": "the carriers, whose mark goes with one label throughout",
         "expect": 0.9,
         "control": "random and shuffled scores, similarity of inputs, the label, the norm: about .5",
-        "seconds": 60,
+        "seconds": 5,
     },
     departs="The random projection of the whole gradient is a Hadamard transform with random signs of which k numbers "
     "are kept, not a dense matrix: inner products are kept as well, at a cost that does not grow with k. side= "

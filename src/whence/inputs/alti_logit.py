@@ -46,7 +46,7 @@ CARD = Card(
         "planted": "one of two twin sentences holds the fact that the answer needs; certified on the model by swaps",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 60,
+        "seconds": 25,
     },
     departs="What biases add to the values is the same whoever is attended to, and is counted with the biases, not "
     "with the position that was read. The shares C are of blocks that norm before they read, y_i = x_i + attention_i, "

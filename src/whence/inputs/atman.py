@@ -49,7 +49,7 @@ CARD = Card(
         "planted": "one sentence of the context holds the answer; its twin has the same form and is not asked for",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 60,
+        "seconds": 25,
     },
     departs="Units need not be tokens: all keys of a unit are turned down at once. Like units are found by the mean "
     "input embedding of their tokens, and only words and tokens are grouped: sentences of one form are alike whatever "

@@ -49,7 +49,7 @@ CARD = Card(
         "planted": "one sentence of the context holds the answer; its twin has the same form and is not asked for",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 60,
+        "seconds": 25,
     },
     departs="f adds up the logits of the target's tokens; the paper, as we read it, takes the logit of the whole "
     "response's probability (target='response'; the same for one token). A Question without tokens is fitted as it is "

@@ -56,7 +56,7 @@ CARD = Card(
         "planted": "one sentence of the context holds the answer; its twin has the same form and is not asked for",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 60,
+        "seconds": 25,
     },
     departs="The scalarizer is the Question's own readout, or the mean log-probability of the target's tokens. What "
     "the paper calls text scalarizers (generate again, then measure similarity) is a Question with such a readout; "

@@ -52,7 +52,7 @@ CARD = Card(
         "planted": "one sentence of the context holds the answer; its twin has the same form and is not asked for",
         "expect": 0.9,
         "control": "random scores, and its own scores with the units shuffled",
-        "seconds": 60,
+        "seconds": 25,
     },
     departs="The target is fixed and scored in one pass, so speculative decoding, which the paper needs to generate "
     "again for each mask, has no place here; sharing the encodings of unchanged documents, and block-sparse attention, "

@@ -240,6 +240,19 @@ def random_scores(question: Any) -> NDArray[np.float64]:
     return stream("control", "random", *question.units.labels, question.readout, dice.hex()).random(n)
 
 
+def once(explain: Explainer) -> Explainer:
+    """The explainer, asked once for each question: its shuffled control needs the same answers again."""
+    known: dict[int, tuple[Any, Answer]] = {}
+
+    def explain_once(question: Any) -> Answer:
+        asked = getattr(question, "_question", question)  # behind the handle; kept, so that its id stays its own
+        if id(asked) not in known:
+            known[id(asked)] = (asked, Answer.of(explain(question), question.units))
+        return known[id(asked)][1]
+
+    return explain_once
+
+
 def shuffled(explain: Explainer) -> Explainer:
     """The explainer's own scores, given to the wrong units."""
 

@@ -71,7 +71,7 @@ class SceneQuestion(PromptQuestion):
     """The probability of the value that the model named. Units are the scene's sentences. An Oracle."""
 
     removal = "replace"
-    repeats = 12
+    repeats = 4
     """Draws of the oracle for each intervention: each is a text of its own that goes through the model."""
 
     def __init__(
