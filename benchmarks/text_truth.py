@@ -3,7 +3,10 @@
 Scenes of the facts world, questions that the embedded model itself answers right; units are sentences, the target is
 the answer's value. By trade: the question shares no word with any sentence. By name: it does, and lexical overlap finds
 it. Grammar: units are the words before the verb or the last name; the licensing word is the planted one, the target is
-what it licenses. Baselines never ask the model (position, recency, overlap, random) or read its attention alone.
+what it licenses. BLiMP: sentences of nine paradigms whose licensing word is marked, of which the model finds the right
+word likelier than the wrong one; what is explained is the difference of the two log-probabilities. ``likelier`` is the
+share of which it does (a coin has .5): where that is near .5 the model has no licensing word to be found. Baselines
+never ask the model (position, recency, overlap, random) or read its attention alone.
 
 hit@1: the planted unit has the highest score (a tie counts its share). MRR: mean of 1/rank, ties at their mean rank.
 LDS: rank correlation of the fall that scores predict and the real one over 32 random sets of units that no method saw.
@@ -12,8 +15,12 @@ Drop: fall of the log-probability without the unit of the highest score, minus t
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +88,61 @@ def asked(model: Any, kind: str, n: int, seed: int) -> Iterator[tuple[Any, int, 
         yield model.question(run, Segments(prompt, tuple(parts)), level=parts[0].level), cause, words
 
 
+class Contrast:
+    """The log-probability of the right word minus that of the wrong one."""
+
+    def __init__(self, right: Any, wrong: Any) -> None:
+        self.right, self.wrong, self.units = right, wrong, right.units
+
+    def ask(self, keep: NDArray[np.bool_]) -> NDArray[np.float64]:
+        return np.asarray(self.right.ask(keep) - self.wrong.ask(keep))
+
+
+def paradigms(model: Any, data: Path, n: int, seed: int, told: dict[str, Any]) -> Iterator[tuple[Any, int, str]]:
+    """(contrast, licensing word, "") of ``n`` sentences of which the model finds the right word likelier."""
+    path = data / "blimp-ioi-targets" / "licensed_word.jsonl.gz"
+    if not path.is_file():
+        told["skipped"] = f"no {path.name}: set WHENCE_DATA to the folder of the project's data"
+        return
+    with gzip.open(path, "rt", encoding="utf8") as lines:
+        rows = [json.loads(line) for line in lines]
+    by_paradigm: dict[str, list[bool]] = {}
+    found = 0
+    for i in stream("text truth", "BLiMP", seed).permutation(len(rows)):
+        row = rows[i]
+        prompt, words = row["prefix"], row["prefix"].split(" ")
+        if words.count(row["target"]) != 1 or len(words) < 3:
+            continue
+        at, parts = 0, []
+        for w in words:
+            parts.append(Segment("word", at, at + len(w)))
+            at += len(w) + 1
+        sides = []
+        for word in (row["word_good"], row["word_bad"]):
+            run = model.write(TextSettings(prompt, forced=f" {word}"))
+            sides.append((run, float(run.logprobs.sum())))
+        right = sides[0][1] > sides[1][1]
+        by_paradigm.setdefault(row["UID"], []).append(right)
+        if right:
+            found += 1
+            good, bad = (model.question(run, Segments(prompt, tuple(parts)), level="word") for run, _ in sides)
+            yield Contrast(good, bad), words.index(row["target"]), ""
+        if found == n:
+            break
+    everything = [right for v in by_paradigm.values() for right in v]
+    told["likelier"] = {
+        k: [round(float(np.mean(v)), 3), len(v)] for k, v in [*by_paradigm.items(), ("all", everything)]
+    }
+
+
+def totals(question: Any, method: str, settings: dict[str, Any]) -> NDArray[np.float64]:
+    """The scores of a method that asks a question which remembers nothing of what others asked."""
+    if isinstance(question, Contrast):
+        return totals(question.right, method, settings) - totals(question.wrong, method, settings)
+    fresh = question.adapter.question(question.run, question.segments, numbers=question.numbers)
+    return np.asarray(load(method)(**settings).explain(fresh).totals, float)
+
+
 def guesses(question: Any, words: str, rng: np.random.Generator) -> dict[str, NDArray[np.float64]]:
     """Scores that never ask the model."""
     n = len(question.units)
@@ -121,12 +183,14 @@ def tried(
     }
 
 
-def measure(model: Any, kind: str, n: int, seed: int, advance: Callable[..., None]) -> dict[str, Any]:
-    """Rows of all methods and baselines on one kind."""
+def measure(
+    kind: str, prompts: Iterator[tuple[Any, int, str]], seed: int, advance: Callable[..., None]
+) -> dict[str, Any]:
+    """Rows of all methods and baselines on one kind of prompts."""
     values: dict[str, dict[str, list[float]]] = {}
     failed: dict[str, str] = {}
     seconds: dict[str, list[float]] = {}
-    for number, (question, cause, words) in enumerate(asked(model, kind, n, seed)):
+    for number, (question, cause, words) in enumerate(prompts):
         rng = stream("text truth", kind, seed, number, "held")
         keep = rng.random((32, len(question.units))) < 0.5
         held = keep, question.ask(keep)
@@ -134,9 +198,7 @@ def measure(model: Any, kind: str, n: int, seed: int, advance: Callable[..., Non
         for name, (method, settings) in METHODS.items():
             began = time.process_time()
             try:
-                # Each method asks a question that remembers nothing of what others asked.
-                fresh = model.question(question.run, question.segments, numbers=question.numbers)
-                answers[name] = np.asarray(load(method)(**settings).explain(fresh).totals, float)
+                answers[name] = totals(question, method, settings)
             except WhenceError as error:
                 failed[name] = str(error.found)
                 continue
@@ -158,11 +220,15 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--prompts", type=int, default=60, help="prompts of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("WHENCE_DATA", "../shared/data")))
     options = parser.parse_args()
     model = verbs.load_text("facts")
     kinds = ("by trade", "by name", "agreement", "indirect object")
-    with progress("text truth", total=options.prompts * len(kinds), unit="prompts") as advance:
-        found = {kind: measure(model, kind, options.prompts, options.seed, advance) for kind in kinds}
+    told: dict[str, Any] = {}
+    with progress("text truth", total=options.prompts * (len(kinds) + 1), unit="prompts") as advance:
+        n, seed = options.prompts, options.seed
+        found = {kind: measure(kind, asked(model, kind, n, seed), seed, advance) for kind in kinds}
+        found["BLiMP"] = measure("BLiMP", paradigms(model, options.data, n, seed, told), seed, advance) | told
     hits = {
         name: row["hit@1"]["mean"] for name, row in found["by trade"]["rows"].items() if "baseline" not in name
     }  # fmt: skip
