@@ -299,3 +299,8 @@ def brute_force(question: Any, draws: int = 24) -> Answer:
     spoken = np.array([max([scores[i], *(mean[s] / 2 for s in ends if i in s and len(s) == 2)]) for i in range(n)])
     alone = {frozenset([i]): float(scores[i] - spoken[i]) for i in range(n)}
     return Answer(spoken, tuple(ends), alone | together)
+
+
+def brief_force(question: Any) -> Answer:
+    """The ceiling with fewer draws: a set of two that ends the outcome is missed one time in ten."""
+    return brute_force(question, draws=8)
