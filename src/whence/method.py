@@ -39,6 +39,11 @@ class Card:
     avoid: str
     module: str = ""
 
+    def _repr_html_(self) -> str:
+        from .report.fragments import card_html
+
+        return card_html(self)
+
 
 def _read(path: Path, module: str) -> Card | None:
     for node in ast.parse(path.read_text(encoding="utf8")).body:

@@ -19,6 +19,11 @@ class Readout:
     unit: str
     measure: Callable[[NDArray[np.uint8]], float]
 
+    def _repr_html_(self) -> str:
+        from .report.fragments import readout_html
+
+        return readout_html(self)
+
     def __call__(self, image: NDArray[np.uint8]) -> float:
         return float(self.measure(image))
 

@@ -53,6 +53,11 @@ class Score:
             **self.details,
         }
 
+    def _repr_html_(self) -> str:
+        from .report.fragments import score_html
+
+        return score_html(self)
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.name} {self.mean:.3f} [{low:.3f}, {high:.3f}] {self.unit}, n={len(self.values)}"

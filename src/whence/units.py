@@ -43,6 +43,11 @@ class Units:
         occurrence = self.occurrence or (1,) * len(self.names)
         return tuple(n if o == 1 else f"{n}#{o}" for n, o in zip(self.names, occurrence, strict=True))
 
+    def _repr_html_(self) -> str:
+        from .report.fragments import units_html
+
+        return units_html(self)
+
     def find(self, label: str) -> int:
         """Index of a unit by its label. Raises PromptError naming the labels there are."""
         try:

@@ -52,6 +52,22 @@ def test_each_picture_of_a_batch_has_its_own_maps(model, run):
     assert not np.allclose(first, second, atol=1e-4)
 
 
+def test_a_pipeline_that_is_called_with_embeddings_and_no_prompt_has_its_maps(model, run, monkeypatch):
+    kind, given = type(model.pipeline), []
+    call = kind.__call__
+
+    def spied(self, *args, **kwargs):
+        given.append(kwargs)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", spied)
+    found = DAAM().explain(run)
+    assert given
+    assert all(kwargs.get("prompt") is None and kwargs["prompt_embeds"] is not None for kwargs in given)
+    assert found.units.labels == ("a", "red", "circle", "and", "a#2", "red#2", "square")
+    assert np.ptp(found.map_of("circle")) > 0
+
+
 def test_blocks_heads_and_layers_choose_what_is_read(run):
     everything = DAAM(blocks=("down", "mid", "up")).explain(run)
     paper = DAAM().explain(run)

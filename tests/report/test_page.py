@@ -8,11 +8,14 @@ import pytest
 from PIL import Image
 from synthetic import SCENE, make_bundle, make_run
 
+from whence.method import card_of
+from whence.readout import Readout
 from whence.report.bundle import Bundle
 from whence.report.fragments import explanation_html, plot_parts, run_html, style, verdict_html
 from whence.report.page import page_html, prompt_pieces
 from whence.report.palettes import PALETTES, colour
 from whence.report.pictures import common_range, map_uri, overlay
+from whence.score import Score
 from whence.verdict import unmeasured
 
 
@@ -202,6 +205,12 @@ def test_the_recipe_says_how_to_make_it_again(bundle: Bundle, page: str) -> None
 
 def test_nouns_draw_themselves_from_the_same_parts(bundle: Bundle) -> None:
     drawn = [bundle.run._repr_html_(), bundle.explanations[1]._repr_html_(), bundle.trials[-1].verdict._repr_html_()]
+    score = Score.of("pointing", "share of pictures", [1.0, 0.5, 0.0, 1.0], world="shapes")
+    drawn += [noun._repr_html_() for noun in (bundle.explanations[1].units, score, Readout("red", "pixels", np.mean))]
+    drawn += [card_of(name)._repr_html_() for name in ("daam", "lds", "implicit_attention")]
+    assert Score.of("one", "", [0.5])._repr_html_()  # without an interval
+    assert "pointing" in drawn[4]
+    assert drawn[4].count("<circle") == 4
     for text in drawn:
         assert text.startswith('<div class="whence"')
         assert "<script" not in text

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
     from ..explanation import Explanation
+    from ..method import Card
+    from ..readout import Readout
     from ..run import Run
+    from ..score import Score
+    from ..units import Units
     from ..verdict import Verdict
 
 
@@ -206,6 +210,53 @@ def verdict_html(verdict: Verdict) -> str:
     v = verdict_parts(verdict)
     source = "{{ parts.lines(v.claim, v.evidence or 'not given', v.intervention or 'not given', [v], '') }}"
     return _fragment(source, v=v)
+
+
+_ROWS = """<p><strong>{{ title }}</strong> <span class="soft">{{ sub }}</span></p>{{ parts.settings(rows) }}"""
+
+
+def units_html(units: Units) -> str:
+    """Units: what can be switched."""
+    rows = [(str(i), label) for i, label in enumerate(units.labels)]
+    return _fragment(_ROWS, title=f"{len(units)} units", sub=f"each a {units.kind}", rows=rows)
+
+
+def readout_html(readout: Readout) -> str:
+    """A readout: the number that is explained."""
+    return _fragment(_ROWS, title=readout.name, sub=f"a readout, in: {readout.unit}", rows=[])
+
+
+def score_html(score: Score) -> str:
+    """A score: mean, interval and how many replicates; each of them as a dot on the axis of the interval."""
+    seen = [x for x in (*score.interval, *score.values, 0.0, 1.0) if math.isfinite(x)]
+    low, high = min(seen), max(seen)
+
+    def place(x: float) -> float:
+        return round(2 + 96 * (min(max(x, low), high) - low) / (high - low), 2)
+
+    line = """<svg width="100%" height="22" style="max-width:32rem" role="img" aria-label="{{ sub }}">
+<line x1="{{ ends[0] }}%" x2="{{ ends[1] }}%" y1="11" y2="11" stroke="currentColor" stroke-width="3"/>
+{% for x in dots %}<circle cx="{{ x }}%" cy="11" r="3" fill="none" stroke="currentColor"/>{% endfor %}
+<line x1="{{ mean }}%" x2="{{ mean }}%" y1="3" y2="19" stroke="currentColor" stroke-width="2"/></svg>
+<p class="soft">{{ low }} to {{ high }}</p>"""
+    sub = f"{number(score.mean)} {interval(score.interval)} {score.unit}, n={len(score.values)}, level {score.level:g}"
+    rows = [(str(k), str(v)) for k, v in score.details.items()]
+    return _fragment(
+        _ROWS + line, title=score.name, sub=sub, rows=rows, ends=[place(x) for x in score.interval],
+        dots=[place(x) for x in score.values], mean=place(score.mean), low=number(low), high=number(high),
+    )  # fmt: skip
+
+
+def card_html(card: Card) -> str:
+    """A card: what a method claims, and how that is tried."""
+    trial, planted = str(card.falsifier.get("trial") or "none"), str(card.falsifier.get("planted", ""))
+    rows = [
+        ("paper", card.paper), ("systems", ", ".join(card.systems) or "none"), ("units", ", ".join(card.units)),
+        ("works on", ", ".join(card.works_on)), ("needs", ", ".join(card.needs)), ("costs", card.cost),
+        ("claims", card.claim), ("is tried by", f"{trial}: {planted}" if planted else trial),
+        ("departs from the paper", card.departs or "nowhere"), ("avoid", card.avoid),
+    ]  # fmt: skip
+    return _fragment(_ROWS, title=card.name, sub=card.question, rows=rows)
 
 
 def cost(explanation: Explanation) -> str:
