@@ -12,8 +12,9 @@ from sentences import tiny, tokenizer
 from torch import nn
 
 from whence.engine.gradients import GradientBank
+from whence.engine.project import subsampled_hadamard
 from whence.errors import RunError
-from whence.influence.trak import TRAK, _project, _Scheme
+from whence.influence.trak import TRAK, _Scheme
 from whence.models.objectives import ClassifierObjective, LanguageObjective, MarginObjective
 from whence.models.text import LanguageModel
 from whence.objective import Listed
@@ -80,7 +81,7 @@ def test_with_fewer_numbers_than_examples_no_damping_is_needed() -> None:
     objective, examples, queries = small(60)
     given = TRAK(size=8, damping=0.0).fit(objective, examples).scores(queries)
     (phi, q), (asked, _) = features(objective, examples.items), features(objective, queries)
-    phi, asked = (_project(torch.tensor(x), 8, 0, "0").numpy() for x in (phi, asked))
+    phi, asked = (subsampled_hadamard(torch.tensor(x), 8, "trak", 0, "0").numpy() for x in (phi, asked))
     assert close(given, asked @ np.linalg.inv(phi.T @ phi) @ phi.T * q, 5e-3)
 
 
@@ -120,7 +121,7 @@ def test_the_projection_keeps_inner_products_as_well_as_a_dense_matrix_of_signs(
     true, size = float(a @ b), float(a.norm() * b.norm())
     kept, dense = [], []
     for seed in range(200):
-        p, q = _project(torch.stack([a, b]), 64, seed, "0")
+        p, q = subsampled_hadamard(torch.stack([a, b]), 64, "trak", seed, "0")
         kept.append(float(p @ q))
         signs = torch.randint(0, 2, (1000, 64), generator=g) * 2.0 - 1
         dense.append(float((a @ signs) @ (b @ signs)) / 64)
@@ -131,18 +132,18 @@ def test_the_projection_keeps_inner_products_as_well_as_a_dense_matrix_of_signs(
 
 def test_the_projection_is_linear_and_the_same_for_each_row() -> None:
     x = torch.randn(5, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    p = _project(x, 32, 3, "0")
+    p = subsampled_hadamard(x, 32, "trak", 3, "0")
     assert p.shape == (5, 32)
-    torch.testing.assert_close(_project(x[2:3], 32, 3, "0"), p[2:3])
-    torch.testing.assert_close(_project(2 * x[:1] - x[1:2], 32, 3, "0"), 2 * p[:1] - p[1:2])
-    assert not torch.allclose(_project(x, 32, 4, "0"), p)
-    assert torch.equal(_project(x, None, 3), x)
-    assert torch.equal(_project(x, 300, 3), x)
+    torch.testing.assert_close(subsampled_hadamard(x[2:3], 32, "trak", 3, "0"), p[2:3])
+    torch.testing.assert_close(subsampled_hadamard(2 * x[:1] - x[1:2], 32, "trak", 3, "0"), 2 * p[:1] - p[1:2])
+    assert not torch.allclose(subsampled_hadamard(x, 32, "trak", 4, "0"), p)
+    assert torch.equal(subsampled_hadamard(x, None, "trak", 3), x)
+    assert torch.equal(subsampled_hadamard(x, 300, "trak", 3), x)
 
 
 def test_nearly_all_numbers_of_the_transform_keep_nearly_all_of_the_length() -> None:
     x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    kept = _project(x, 1023, 0)
+    kept = subsampled_hadamard(x, 1023, "trak", 0)
     assert torch.allclose(kept.square().sum(1), x.square().sum(1), rtol=0.02)
     assert torch.allclose(kept @ kept.T, x @ x.T, atol=20)
 

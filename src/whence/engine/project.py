@@ -67,3 +67,25 @@ class EigenProjection:
     def record(self) -> dict[str, Any]:
         """For an index's manifest; the bases themselves are among its tensors."""
         return {"size": self.size, "seed": self.seed, "eigen": sorted(self.bases)}
+
+
+def subsampled_hadamard(rows: Tensor, size: int | None, *names: object) -> Tensor:
+    """P' g of rows [example, parameter] for gradients that are one vector: random signs, a Hadamard transform, ``size``
+    of its numbers. None: as they are."""
+    from scipy.linalg import hadamard
+
+    n, full = rows.shape
+    if size is None or size >= full:
+        return rows
+    g = torch_stream(*names)
+    width = 1 << (full - 1).bit_length()
+    x = rows * (torch.randint(0, 2, (full,), generator=g, dtype=torch.int8) * 2 - 1)
+    kept = torch.randperm(width, generator=g)[:size]
+    x = torch.nn.functional.pad(x, (0, width - full))
+    left = width
+    while left > 1:
+        # One factor of the transform on the last axis, which then becomes the first: at the end all are in their place.
+        factor = min(left, 64)
+        left //= factor
+        x = (x.view(n, -1, factor) @ torch.tensor(hadamard(factor), dtype=x.dtype)).transpose(1, 2).reshape(n, width)
+    return x[:, kept] / size**0.5

@@ -95,32 +95,6 @@ class DTRAK:
         return _Scheme(shapes, self)
 
 
-def _project(rows: Tensor, size: int | None, seed: int) -> Tensor:
-    """P' g of rows [example, parameter]: random signs, a Hadamard transform, ``size`` of its numbers."""
-    import torch
-    from scipy.linalg import hadamard
-    from torch.nn import functional
-
-    from ..engine.randomness import torch_stream
-
-    n, full = rows.shape
-    if size is None or size >= full:
-        return rows
-    g = torch_stream("d_trak", seed)
-    width = 1 << (full - 1).bit_length()
-    x = rows * (torch.randint(0, 2, (full,), generator=g, dtype=torch.int8) * 2 - 1)
-    kept = torch.randperm(width, generator=g)[:size]
-    x = functional.pad(x, (0, width - full))
-    left = width
-    while left > 1:
-        # One factor of the transform on the last axis, which then becomes the first: at the end all are in their place.
-        factor = min(left, 64)
-        left //= factor
-        x = (x.view(n, -1, factor) @ torch.tensor(hadamard(factor), dtype=x.dtype)).transpose(1, 2).reshape(n, width)
-    projected: Tensor = x[:, kept] / size**0.5
-    return projected
-
-
 class _Scheme:
     sample = 0
 
@@ -147,8 +121,10 @@ class _Scheme:
     def features(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """phi, [example, k]."""
         from ..engine.influence import flat
+        from ..engine.project import subsampled_hadamard
 
-        return _project(flat({n: gradients[n] for n in self.layers}), self.settings.size, self.settings.seed)
+        rows = flat({n: gradients[n] for n in self.layers})
+        return subsampled_hadamard(rows, self.settings.size, "d_trak", self.settings.seed)
 
     def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
         return {"features": self.codec.encode({"all": self.features(gradients)})}
