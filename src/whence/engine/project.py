@@ -88,4 +88,5 @@ def subsampled_hadamard(rows: Tensor, size: int | None, *names: object) -> Tenso
         factor = min(left, 64)
         left //= factor
         x = (x.view(n, -1, factor) @ torch.tensor(hadamard(factor), dtype=x.dtype)).transpose(1, 2).reshape(n, width)
-    return x[:, kept] / size**0.5
+    projected: Tensor = x[:, kept] / size**0.5
+    return projected
