@@ -56,6 +56,22 @@ def test_a_town_known_by_heart_is_traced_to_documents_of_that_person(
     assert right / named > 0.6  # one person of six: .17
 
 
+def test_a_span_and_each_token_are_asked_by_themselves(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question, answer = corpus.born(corpus.PEOPLE[0])
+    asked = ["query", place, "--prompt", f"Question: {question}\nAnswer:", "--text", f" {answer}", "--json"]
+    town = answer.rstrip(".").split()[-1]
+    code, out, err = whence_says(capsys, *asked, "--span", town, "--per-token", "--top", 101, "--exact", 0)
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["span"].strip() == town
+    assert "".join(t["token"] for t in record["tokens"]) == f" {answer}"
+    whole = json.loads(whence_says(capsys, *asked, "--top", 101, "--exact", 0)[1])
+    assert record["top"] != whole["top"]
+    code, _, err = whence_says(capsys, *asked, "--span", "nowhere")
+    assert code == 2
+    assert "it is not in what the model wrote" in err
+
+
 def test_the_answer_is_tried_and_written_to_a_page(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,10 +13,16 @@ from torch import nn
 
 from whence.engine.gradients import GradientBank
 from whence.engine.project import Projection
-from whence.errors import MethodError
+from whence.errors import MethodError, RunError
 from whence.models.diffusers_unet import StableDiffusion
 from whence.models.graphs import undirected  # it quietens what PyG says when it is imported
-from whence.models.objectives import ClassifierObjective, DiffusionObjective, GraphObjective, LanguageObjective
+from whence.models.objectives import (
+    ClassifierObjective,
+    DiffusionObjective,
+    GraphObjective,
+    LanguageObjective,
+    Piece,
+)
 from whence.models.text import LanguageModel
 from whence.models.tiny import stable_diffusion
 from whence.objective import Losses
@@ -258,6 +264,26 @@ def test_only_what_was_trained_is_tracked_adapters_alone_where_the_rest_is_froze
     alone = by_autograd(objective, bank, TEXTS[0])
     for name, matrix in alone.items():
         torch.testing.assert_close(given[name][0], matrix, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["", "Ben has the key. "])
+def test_gradients_of_the_tokens_of_a_text_add_up_to_that_of_the_text(prompt: str) -> None:
+    objective = LanguageObjective(causal("llama"))
+    text = "Anna is in the kitchen."
+    _, spans = objective.adapter.encode_output(text)
+    # Where nothing comes before the first token, no token that begins texts either, it has no loss.
+    skipped = int(not prompt and len(objective.adapter.encode(text)[0]) == len(spans))
+    pieces = [Piece(prompt, text, a, b) for a, b in spans[skipped:]]
+    whole = (prompt, text) if prompt else text
+    bank = GradientBank(objective)
+    each, added = bank.gradients(pieces), bank.gradients([whole])
+    for name, matrix in added.items():
+        torch.testing.assert_close(each[name].sum(0), matrix[0], rtol=1e-3, atol=1e-5)
+    a, b = spans[2]
+    few = objective.losses([Piece(prompt, text, a, spans[3][1]), Piece(prompt, text, a, b), pieces[3 - skipped]])
+    torch.testing.assert_close(few.values[0], few.values[1] + few.values[2])
+    with pytest.raises(RunError, match="no token"):
+        objective.losses([Piece(prompt, text, 900, 901)])
 
 
 class Odd(nn.Module):

@@ -204,12 +204,22 @@ def index(
     ] = None,
     batch: Annotated[int, typer.Option(help="Examples at a time.")] = 16,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an index that was stopped.")] = False,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="Another checkpoint of the same training, asked together; repeatable.", show_default=False),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Spread the work over Ray: local, local:N, auto or host:port.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Keep a compact form of each training example's gradient, so that outputs can be traced to examples."""
     from .index import Asked, index
 
-    index(Asked(model, data, world, out, format, size, limit, timesteps, length, layers, batch, resume), json)
+    more = tuple(checkpoint or ())
+    asked = Asked(model, data, world, out, format, size, limit, timesteps, length, layers, batch, resume, ray, more)
+    index(asked, json)
 
 
 @app.command()
@@ -240,15 +250,26 @@ def query(
     verify: Annotated[
         bool, typer.Option("--verify", help="Put the answer on trial: a training step on the best against others.")
     ] = False,
+    span: Annotated[
+        str | None, typer.Option(help="Texts: ask about these words, or characters A:B, alone.", show_default=False)
+    ] = None,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Texts: also the first examples of each token by itself.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Also write a page with the examples into this folder.", show_default=False)
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Spread the scan over Ray: local, local:N, auto or host:port.", show_default=False),
     ] = None,
     json: Json = False,
 ) -> None:
     """Say which training examples an output came from, and how far to trust the answer."""
     from .query import Asked, query
 
-    query(Asked(index, run, prompt, text, seed, max_tokens, top, both_ends, verify, out, exact), json)
+    asked = Asked(index, run, prompt, text, seed, max_tokens, top, both_ends, verify, out, exact, span, per_token, ray)
+    query(asked, json)
 
 
 @app.command()

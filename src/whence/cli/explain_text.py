@@ -18,6 +18,7 @@ from ..method import Card, card_of, catalogue
 from ..segments import LEVELS, Segments, split
 from ..text import TextSettings
 from .explain_reading import answered, checked_library, named, tried, typed
+from .query import span_of
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -185,7 +186,7 @@ def make(asked: Asked, checked: Checked, kept: Path | None = None) -> TextBundle
     settings = TextSettings(checked.prompt, asked.max_tokens, asked.seed, template=asked.template)
     reading = answered(model, asked, checked.library, settings) if checked.library else None
     run = reading.run if reading else model.write(settings)
-    tokens = run.tokens_of(_span(asked.span))
+    tokens = run.tokens_of(None if asked.span is None else span_of(asked.span))
     span = int(run.output_spans[tokens[0], 0]), int(run.output_spans[tokens[-1], 1])
     trial = tried(reading, asked, span) if reading else None
     tree = reading.segments() if reading else tree_of(checked, run)
@@ -204,14 +205,6 @@ def make(asked: Asked, checked: Checked, kept: Path | None = None) -> TextBundle
     explanations = named(explanations, reading, trial) if reading else explanations
     toggles = _toggles(run, question, explanations)
     return TextBundle(run, tree, explanations, span, trials, toggles, _trace(run), _command(asked, checked))
-
-
-def _span(text: str | None) -> str | tuple[int, int] | None:
-    """--span as words of the output, or as characters ``start:end``."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    return (int(match[1]), int(match[2])) if match else text
 
 
 def _best(e: Explanation, most: int = 3) -> list[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json as to_json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..objective import Examples, Objective
+    from ..store.ray_workers import Workers
     from ..store.training_index import Judged, TrainingIndex
 
 
@@ -29,11 +33,14 @@ class Asked:
     layers: str | None = None
     batch: int = 16
     resume: bool = False
+    ray: str | None = None
+    checkpoints: Sequence[str] = ()
 
 
 def index(asked: Asked, json: bool) -> None:
     """Build the index and say what it holds. Raises RunError, ModelError, OutputError."""
     from ..errors import RunError
+    from ..store.checkpoints import places
     from ..store.training_index import Form, build
     from .training_set import subject
 
@@ -43,16 +50,49 @@ def index(asked: Asked, json: bool) -> None:
     about = {
         "model": asked.model, "data": None if asked.data is None else str(asked.data.resolve()),
         "world": asked.world, "limit": asked.limit, "timesteps": asked.timesteps, "length": asked.length,
+        "checkpoints": list(asked.checkpoints),
     }  # fmt: skip
+    workers = None if asked.ray is None else workers_of(asked.ray, about)
     it = subject(about)
+    # One that cannot be loaded is refused before any work.
+    others = [subject({**about, "model": m, "world": it.about["world"], "checkpoints": []}) for m in asked.checkpoints]
     layers = tuple(p.strip() for p in asked.layers.split(",")) if asked.layers else None
     began = time.monotonic()
-    made = build(it.objective, it.examples, asked.out, form, layers, asked.resume, {"about": it.about}, asked.batch)
+    made = build(
+        it.objective, it.examples, asked.out, form, layers, asked.resume, {"about": it.about}, asked.batch,
+        workers=workers,
+    )  # fmt: skip
+    for also, place in zip(others, places(asked.out, 1 + len(others))[1:], strict=True):
+        more = None if asked.ray is None else workers_of(asked.ray, also.about)
+        with build(
+            also.objective, also.examples, place, form, layers, asked.resume, {"about": also.about}, asked.batch,
+            workers=more,
+        ):  # fmt: skip
+            print(f"{also.about['model']}: {place}", file=sys.stderr)
     with made:
         record = record_of(made, asked.out, time.monotonic() - began)
         print(to_json.dumps(record, indent=1) if json else asked.out)
         if not json:
             _say(made, record)
+
+
+def workers_of(address: str, about: Mapping[str, Any]) -> Workers:
+    """Workers of the Ray at ``address``, who load what ``about`` says. Raises RunError where there is none."""
+    from ..store.ray_workers import Workers
+    from .training_set import WORLDS
+
+    model = str(about["model"])
+    if model not in WORLDS and Path(model).exists():
+        model = str(Path(model).resolve())  # a worker may stand in another folder
+    return Workers.of(address, partial(loaded, {**about, "model": model}))
+
+
+def loaded(about: Mapping[str, Any]) -> tuple[Objective, Examples]:
+    """In a worker: the model and the examples."""
+    from .training_set import subject
+
+    it = subject(about)
+    return it.objective, it.examples
 
 
 def record_of(made: TrainingIndex, place: str, seconds: float) -> dict[str, Any]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json as to_json
+import re
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError, RunError
+
+if TYPE_CHECKING:
+    from ..store.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,18 @@ class Asked:
     verify: bool = False
     out: Path | None = None
     exact: int | None = None
+    span: str | None = None
+    per_token: bool = False
+    ray: str | None = None
 
 
 def query(asked: Asked, json: bool) -> None:
     """Make the output (or take the one of a report), ask the index and print the answer. Raises the errors of the
     first thing that does not fit, before the model is loaded where that is possible."""
     from ..store import Index
+    from ..store.checkpoints import Checkpoints, places
     from ..store.training_index import judgement, opened
+    from .index import workers_of
     from .training_set import subject
 
     if bool(asked.prompt) == bool(asked.run):
@@ -53,17 +63,22 @@ def query(asked: Asked, json: bool) -> None:
         raise RunError(
             f"ask the index {asked.index}", "it does not say what it was built of", "one that `whence index` built"
         )
+    workers = None if asked.ray is None else workers_of(asked.ray, about)
     it = subject(about)
-    with opened(asked.index, it.objective, it.examples) as index:
+    others = [subject({**it.about, "model": m, "checkpoints": []}) for m in it.about["checkpoints"]]
+    with ExitStack() as stack:
+        where = zip(places(asked.index, 1 + len(others)), (it, *others), strict=True)
+        whole = Checkpoints(tuple(stack.enter_context(opened(p, s.objective, it.examples)) for p, s in where))
+        index = whole.members[0]
         made, example, said = _output(it, asked)
         began = time.monotonic()
-        found = index.search([example], asked.top, asked.exact)[0]
+        found = whole.search([example], asked.top, asked.exact, workers)[0]
         seconds = time.monotonic() - began
         label = it.examples.label
         verdicts = _verified(it, found, example) if asked.verify else []
         record: dict[str, Any] = {
             "schema": "whence/query/1", "method": index.form.name, "index": asked.index,
-            "model": it.adapter.name, **said,
+            "model": it.adapter.name, "checkpoints": len(whole.members), **said,
             "examples": found.scanned, "scored_again": found.again, "scored_by_ekfac": found.exact,
             "seconds": round(seconds, 3),
             "top": [{"example": int(n), "label": label(int(n)), "score": float(s)}
@@ -80,6 +95,8 @@ def query(asked: Asked, json: bool) -> None:
                 {"example": int(n), "label": label(int(n)), "score": float(s)}
                 for n, s in zip(found.low_numbers, found.low_scores, strict=True)
             ]
+        if asked.per_token:
+            record["tokens"] = _token_by_token(whole, made, label, workers)
         if verdicts:
             record["verdicts"] = [v.record() for v in verdicts]
         if asked.out:
@@ -116,11 +133,37 @@ def _output(it: Any, asked: Asked) -> tuple[Any, Any, dict[str, Any]]:
         from ..text import TextSettings
 
         run = it.adapter.write(TextSettings(asked.prompt, asked.max_tokens, asked.seed, forced=asked.text))
-        return run, (run.prompt, run.text), {"prompt": run.prompt, "text": run.text, "seed": asked.seed}
-    if asked.text:
-        raise RunError("--text", f"{it.adapter.name} makes pictures", "no --text")
+        said = {"prompt": run.prompt, "text": run.text, "seed": asked.seed}
+        if asked.span is None:
+            return run, (run.prompt, run.text), said
+        tokens = run.tokens_of(span_of(asked.span))
+        piece = _piece(run, int(run.output_spans[tokens[0], 0]), int(run.output_spans[tokens[-1], 1]))
+        return run, piece, said | {"span": run.text[piece.start : piece.stop]}
+    for option, given in (("--text", asked.text), ("--span", asked.span), ("--per-token", asked.per_token)):
+        if given:
+            raise RunError(option, f"{it.adapter.name} makes pictures", f"no {option}")
     run = it.adapter.picture(asked.prompt, seed=asked.seed or 0)
     return run, (asked.prompt, run.latents[0]), {"prompt": asked.prompt, "seed": run.settings.seed}
+
+
+def _piece(run: Any, start: int, stop: int) -> Any:
+    from ..models.objectives import Piece
+
+    return Piece(run.prompt, run.text, start, stop)
+
+
+def _token_by_token(index: Checkpoints, run: Any, label: Any, workers: Any) -> list[dict[str, Any]]:
+    """For each token that was written the examples that its own loss leads to; all of them in one scan."""
+    spans = [(int(a), int(b)) for a, b in run.output_spans if a < b]
+    found = index.search([_piece(run, a, b) for a, b in spans], 3, 0, workers)
+    return [
+        {
+            "token": run.text[a:b],
+            "top": [{"example": int(n), "label": label(int(n)), "score": float(s)}
+                    for n, s in zip(f.numbers, f.scores, strict=True)],
+        }
+        for (a, b), f in zip(spans, found, strict=True)
+    ]  # fmt: skip
 
 
 def _verified(it: Any, found: Any, example: Any) -> list[Any]:
@@ -129,13 +172,23 @@ def _verified(it: Any, found: Any, example: Any) -> list[Any]:
     return [tail_patch(found.numbers, it.objective, it.examples, example)]
 
 
+def span_of(text: str) -> str | tuple[int, int]:
+    """--span as words of the output, or as characters ``start:end``."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else text
+
+
 def _lines(record: dict[str, Any]) -> str:
     said = f" -> {record['text']!r}" if "text" in record else ""
+    said += f", of which {record['span']!r}" if "span" in record else ""
     lines = [f"{record['prompt']!r}{said}"]
     for name in ("top", "lowest"):
         rows = record.get(name, [])
         lines += [f"{name} of {record['examples']} training examples"] if rows else []
         lines += [f"  {r['score']:+.3e}  #{r['example']:<6} {r['label']}" for r in rows]
+    for row in record.get("tokens", []):
+        best = row["top"][0]
+        lines.append(f"  {row['token']!r:14} {best['score']:+.3e}  #{best['example']:<6} {best['label']}")
     trust = record["trust"]
     if record["scored_by_ekfac"]:
         lines.append(f"{record['scored_by_ekfac']} of them were scored once more by EK-FAC, these are its scores")

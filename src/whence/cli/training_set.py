@@ -84,7 +84,7 @@ def subject(about: Mapping[str, Any]) -> Subject:
             raise RunError(f"--limit {limit}", "nothing to index", "1 or more")
         examples = Some(examples, min(limit, len(examples)))
     said = {"model": str(model), "data": None if data is None else str(data), "world": world, "limit": limit,
-            "timesteps": timesteps, "length": length}  # fmt: skip
+            "timesteps": timesteps, "length": length, "checkpoints": list(about.get("checkpoints") or ())}  # fmt: skip
     return Subject(adapter, objective, examples, said)
 
 

@@ -175,7 +175,8 @@ def build(
     stopped. Raises RunError for no example, or none with finite gradients."""
     if not len(examples):
         raise RunError("training examples", "there is none", "one or more")
-    skipped = Skipped()
+    skipped, lost = Skipped(), Skipped()
+    taken: dict[str, Tensor] = {}
     if "skipped" in shelf.tensors:
         skipped.numbers = shelf.tensors["skipped"].tolist()
     if scheme.sample:
@@ -187,16 +188,23 @@ def build(
             chosen = spread(examples, scheme.sample)
             with progress("a sample", total=len(chosen), unit="examples") as advance:
                 for at in range(0, len(chosen), batch):
-                    good = finite(bank.gradients(chosen[at : at + batch]), 0, Skipped())
+                    good = finite(bank.gradients(chosen[at : at + batch]), at, lost)
                     for name, g in good.items():
                         seen.setdefault(name, []).append(g.cpu())
                     advance(len(chosen[at : at + batch]))
-            scheme.learn({name: torch.cat(parts) for name, parts in seen.items()})
+            sample = {name: torch.cat(parts) for name, parts in seen.items()}
+            scheme.learn(sample)
             shelf.keep({f"learned/{k}": v for k, v in scheme.tensors().items()})
+            if len(chosen) == len(examples) and not shelf.done:
+                taken = sample  # the sample is all there is: its gradients are not taken twice
     with progress(what, total=len(examples), done=shelf.done, unit="examples") as advance:
         for part in batches(examples, shelf.done, batch=batch):
-            known = len(skipped.numbers)
-            gradients = finite(bank.gradients(part), shelf.done, skipped)
+            known, at = len(skipped.numbers), shelf.done
+            if taken:
+                gradients = {name: g[at : at + len(part)] for name, g in taken.items()}
+                skipped.numbers += [i for i in lost.numbers if at <= i < at + len(part)]
+            else:
+                gradients = finite(bank.gradients(part), at, skipped)
             if len(skipped.numbers) > known:  # a pass that goes on must know what it left out before it was stopped
                 shelf.keep({"skipped": np.asarray(skipped.numbers, np.int64)})
             shelf.append(scheme.encode(gradients))

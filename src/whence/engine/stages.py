@@ -110,34 +110,37 @@ def search(
         for start, codes in fitted.shelf.blocks(plane, rows=4 * BLOCK)
     )
     coarse = top(stream, many)
-    found = []
+    chosen = []
     for q in range(len(queries)):
         low = coarse.worst.rows[q] if coarse.worst else np.zeros(0, np.int64)
-        chosen = np.unique(np.concatenate([coarse.best.rows[q], low]))
-        again = fitted.at(prepared, chosen)[q : q + 1]
-        ends = top([(chosen, again)], k)
-        recall, part = _recall(fitted, prepared, q, k, chosen, alive, check)
-        found.append(_found(ends, 0, n, len(chosen), recall, part))
+        chosen.append(np.unique(np.concatenate([coarse.best.rows[q], low])))
+    # Rows that several queries chose are read once, and so is the slice that recall is measured on.
+    every = np.unique(np.concatenate(chosen))
+    again = _at(fitted, prepared, every)
+    part = _slice(len(fitted.examples), alive, check)
+    known = np.isin(part, every).all()
+    true = again[:, np.searchsorted(every, part)] if known else _at(fitted, prepared, part)
+    found = []
+    for q, own in enumerate(chosen):
+        ends = top([(own, again[q : q + 1, np.searchsorted(every, own)])], k)
+        best = part[np.argsort(-true[q], kind="stable")[:k]]
+        recall = float(np.isin(best, own).mean()) if len(part) else None
+        found.append(_found(ends, 0, n, len(own), recall, len(part)))
     return found
 
 
-def _recall(
-    fitted: Fitted,
-    prepared: Any,
-    q: int,
-    k: int,
-    chosen: NDArray[np.int64],
-    alive: NDArray[np.bool_] | None,
-    check: int,
-) -> tuple[float | None, int]:
-    """Of the ``k`` best of an evenly spread slice by the large form, the share that was scored again."""
-    rows = np.arange(len(fitted.examples)) if alive is None else np.flatnonzero(alive)
+def _slice(n: int, alive: NDArray[np.bool_] | None, check: int) -> NDArray[np.int64]:
+    """Evenly spread numbers of ``check`` rows, on which recall is measured."""
+    rows = np.arange(n) if alive is None else np.flatnonzero(alive)
     if not check or not len(rows):
-        return None, 0
-    part = rows[np.unique(np.linspace(0, len(rows) - 1, min(check, len(rows))).astype(np.int64))]
-    scores = np.concatenate([fitted.at(prepared, part[i : i + BLOCK])[q] for i in range(0, len(part), BLOCK)])
-    best = part[np.argsort(-scores, kind="stable")[:k]]
-    return float(np.isin(best, chosen).mean()), len(part)
+        return np.zeros(0, np.int64)
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(check, len(rows))).astype(np.int64))]
+
+
+def _at(fitted: Fitted, prepared: Any, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+    """score[query, number] by the large form, some thousands at a time."""
+    parts = [fitted.at(prepared, numbers[i : i + BLOCK]) for i in range(0, len(numbers), BLOCK)]
+    return np.concatenate(parts, 1) if parts else np.zeros((0, 0), np.float32)
 
 
 def _found(ends: Ends, q: int, scanned: int, again: int, recall: float | None, part: int) -> Found:

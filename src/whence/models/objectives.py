@@ -1,14 +1,15 @@
 """Objectives: the loss of one example, for language models, text-to-image models, classifiers and graph nets.
 
-An example of a language model is a text, or (prompt, text) where the prompt is read and only the text has a loss. One
-of a diffusion model is (caption, picture), the picture as pixels [y, x, colour] of 0..255 or as latents
-[channel, y, x]. One of a classifier is (input, class), one of a graph net (graph, class).
+An example of a language model is a text, (prompt, text) where the prompt is read and only the text has a loss, or a
+:class:`Piece` of such a text. One of a diffusion model is (caption, picture), the picture as pixels [y, x, colour] of
+0..255 or as latents [channel, y, x]. One of a classifier is (input, class), one of a graph net (graph, class).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,16 @@ class MarginObjective(ClassifierObjective):
         return Losses(others - right)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Characters [start, stop) of a text after its prompt: everything is read, only the tokens of these have a loss."""
+
+    prompt: str
+    text: str
+    start: int
+    stop: int
+
+
 class LanguageObjective:
     """Token-summed cross-entropy of texts, in nats. ``length``: tokens of a text that are read; the rest is refused
     unless ``cut`` says that it may be left out."""
@@ -81,13 +92,23 @@ class LanguageObjective:
     def module(self) -> nn.Module:
         return self.adapter.model  # type: ignore[no-any-return]
 
-    def tokens(self, example: Any) -> tuple[list[int], int]:
-        """Token numbers, and from which on they are predicted."""
-        prompt, text = ("", example) if isinstance(example, str) else example
-        ids = self.adapter.encode(prompt + text)[0] if not prompt else self.adapter.encode(prompt)[0]
-        start = len(ids) if prompt else 1
+    def tokens(self, example: Any) -> tuple[list[int], range]:
+        """Token numbers, and which of them are predicted and have a loss."""
+        piece = example if isinstance(example, Piece) else None
+        if piece:
+            prompt, text = piece.prompt, piece.text
+        else:
+            prompt, text = ("", example) if isinstance(example, str) else example
+        ids, spans = self.adapter.encode(prompt or text)
+        start = 1
         if prompt:
-            ids = ids + self.adapter.encode_output(text)[0]
+            more, spans = self.adapter.encode_output(text)
+            ids, start = ids + more, len(ids)
+        counted = range(start, len(ids))
+        if piece:
+            first = start if prompt else 0  # of the spans
+            inside = [first + i for i, (a, b) in enumerate(spans) if a < piece.stop and b > piece.start]
+            counted = range(max(inside[0], start), inside[-1] + 1) if inside else range(0)
         if len(ids) > self.length:
             if not self.cut:
                 raise RunError(
@@ -95,9 +116,10 @@ class LanguageObjective:
                     "shorter texts, length=, or cut=True to leave the rest out",
                 )  # fmt: skip
             ids = ids[: self.length]
-        if len(ids) <= start:
+            counted = range(counted.start, min(counted.stop, len(ids)))
+        if not counted:
             raise RunError(f"the loss of {text[:40]!r}", "no token of it is predicted", "a text of two tokens or more")
-        return ids, start
+        return ids, counted
 
     def _rows(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """logits[row, place, word] that predict target[row, place], and weight[row, place] of each."""
@@ -106,10 +128,10 @@ class LanguageObjective:
         longest = max(len(ids) for ids, _ in found)
         ids = torch.zeros(len(found), longest, dtype=torch.long)
         mask, weight = torch.zeros(len(found), longest), torch.zeros(len(found), longest - 1)
-        for row, (own, start) in enumerate(found):
+        for row, (own, counted) in enumerate(found):
             ids[row, : len(own)] = torch.tensor(own)
             mask[row, : len(own)] = 1
-            weight[row, start - 1 : len(own) - 1] = 1
+            weight[row, counted.start - 1 : counted.stop - 1] = 1
         ids, mask, weight = ids.to(where), mask.to(where), weight.to(where)
         even = bool(mask.all())  # without padding the attention needs no mask, which is faster
         logits = self.module(ids, attention_mask=None if even else mask, use_cache=False).logits[:, :-1]

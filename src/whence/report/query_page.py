@@ -60,7 +60,7 @@ def query_html(bundle: QueryBundle) -> str:
         "and the lowest of them named below",
         intervention="one step of training on the best examples, against steps on others",
         verdicts=[verdict_parts(v) for v in bundle.verdicts], missing="--verify puts the answer on trial.",
-        sides=sides, trust=_trust(record), notes=record["notes"],
+        sides=sides, tokens=record.get("tokens", []), trust=_trust(record), notes=record["notes"],
         command=shlex.join(bundle.command) if bundle.command else "whence query",
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,22 @@ from torch import Tensor
 from .. import __version__
 from ..engine.curvature import KroneckerFisher
 from ..engine.gradients import GradientBank
-from ..engine.influence import BATCH, Fitted, Memory, Scheme, Skipped, bank_of, finite, flat, projection_of, spread
+from ..engine.influence import (
+    BATCH,
+    Fitted,
+    Memory,
+    Scheme,
+    Skipped,
+    bank_of,
+    batches,
+    finite,
+    flat,
+    projection_of,
+    sound,
+    spread,
+)  # fmt: skip
 from ..engine.influence import build as run
+from ..engine.progress import progress
 from ..engine.stages import Both, Found, once_more, search
 from ..errors import OutputError, RunError
 from ..influence.eogp import EOGP
@@ -39,6 +53,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..objective import Examples, Objective
+    from .ray_workers import Workers
 
 FORMS = "auto, bits, bits:N, int8, lorif:C"
 SECONDS, MOST_EXACT = 10.0, 256
@@ -49,6 +64,8 @@ FACTORED = 256
 """Examples that EK-FAC is taken over, for a model of at most:"""
 JUDGED_WEIGHTS = 1_500_000
 """Weights that whole gradients are taken of for that: of a larger model, evenly spaced layers."""
+SHARD = 1024
+"""Rows of a shard at most. Small shards: what a kill can cost is the shard that was being filled."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +108,16 @@ class Form:
 class _Shelf:
     """An Index as a shelf: made when its planes are known, that is with the first rows."""
 
-    def __init__(self, place: str, manifest: Manifest, index: Index | None) -> None:
-        self.place, self.manifest, self.index = place, manifest, index
+    def __init__(self, place: str, manifest: Manifest, index: Index | None, per_shard: int = SHARD) -> None:
+        self.place, self.manifest, self.index, self.per_shard = place, manifest, index, per_shard
         self._kept: dict[str, NDArray[Any]] = {}
+        self._next: int | None = None
 
     @property
     def done(self) -> int:
+        """Rows that need not be made: those that wait in memory for their shard to be full are among them."""
+        if self._next is not None:
+            return self._next
         return 0 if self.index is None else self.index.done
 
     @property
@@ -109,14 +130,16 @@ class _Shelf:
         else:
             self._kept |= dict(tensors)
 
-    def append(self, planes: Mapping[str, NDArray[np.uint8]]) -> None:
+    def begin(self, strides: Mapping[str, int]) -> Index:
         if self.index is None:
-            fields = {f: getattr(self.manifest, f) for f in ("model", "data", "examples", "projection", "method")}
-            strides = {name: codes.shape[1] for name, codes in planes.items()}
-            made = Manifest(**fields, planes=strides, settings=self.manifest.settings, code=self.manifest.code)
-            # Small shards: what a kill can cost is the shard that was being filled.
-            self.index = Index.create(self.place, made, self._kept, rows_per_shard=1024)
-        self.index.append(planes)
+            made = replace(self.manifest, planes=dict(strides))
+            self.index = Index.create(self.place, made, self._kept, rows_per_shard=self.per_shard)
+        return self.index
+
+    def append(self, planes: Mapping[str, NDArray[np.uint8]]) -> None:
+        first = self.done
+        self.begin({name: codes.shape[1] for name, codes in planes.items()}).append(planes)
+        self._next = first + len(next(iter(planes.values())))
 
     def blocks(self, plane: str, rows: int = 16_384) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         assert self.index is not None
@@ -127,6 +150,14 @@ class _Shelf:
         assert self.index is not None
         return self.index.rows(plane, numbers)
 
+    def __enter__(self) -> _Shelf:
+        return self
+
+    def __exit__(self, *how: Any) -> None:
+        """However a build ends, what it has is kept and the next one is let in, in this process too."""
+        if self.index is not None:
+            self.index.__exit__(*how)
+
 
 @dataclass(frozen=True)
 class TrainingIndex:
@@ -136,28 +167,48 @@ class TrainingIndex:
     fitted: Fitted
     form: Form
 
-    def search(self, queries: Sequence[Any], k: int = 20, exact: int | None = 0) -> list[Found]:
+    def search(
+        self, queries: Sequence[Any], k: int = 20, exact: int | None = 0, workers: Workers | None = None
+    ) -> list[Found]:
         """Both ends of the ranking for each query. ``exact``: so many of each end are scored once more by EK-FAC, from
-        their gradients anew; None: as many as about SECONDS allow. Raises RunError where EK-FAC was not kept."""
+        their gradients anew; None: as many as about SECONDS allow. ``workers`` scan all rows, in place of this process.
+        Raises RunError where EK-FAC was not kept."""
         here = int(self.index.alive.sum())
         if not 1 <= k <= here:
             raise RunError(f"the best {k} examples", f"{here} are in the index", "--top of 1 or more, not more")
         alive = None if self.index.alive.all() else self.index.alive
-        curvature = None if exact == 0 else _restored(self.index, self.fitted.bank)
-        if exact is None and curvature is not None:
-            began = time.monotonic()
-            curvature.bank.gradients([self.fitted.examples[0]] * 4)
-            each = (time.monotonic() - began) / 4
-            exact = min(int(SECONDS / max(each, 1e-4) / 2 / len(queries)), MOST_EXACT)
+        fitted = self.fitted
+        if workers is not None:
+            from .ray_workers import far
+
+            assert isinstance(fitted.shelf, _Shelf)
+            fitted = far(fitted, self.form, self.index, fitted.shelf.place, workers)
+        curvature = self.curvature(exact)
+        exact = self.affordable(curvature, len(queries)) if exact is None else exact
         if not exact or curvature is None:
-            if exact:
-                found = "EK-FAC was not kept: the model is too large, or the index was built with judge=False"
-                raise RunError(f"the best {exact} scored by EK-FAC", found, "--exact 0")
-            return search(self.fitted, queries, k, alive)
+            return search(fitted, queries, k, alive)
         return [
             once_more(f, curvature, self.fitted, q, k)
-            for f, q in zip(search(self.fitted, queries, min(max(exact, k), here), alive), queries, strict=True)
+            for f, q in zip(search(fitted, queries, min(max(exact, k), here), alive), queries, strict=True)
         ]
+
+    def curvature(self, exact: int | None) -> KroneckerFisher | None:
+        """EK-FAC for the last stage: None where it is not wanted (0), or was not kept and need not be (None).
+        Raises RunError where it was not kept and so many are to be scored by it."""
+        found = None if exact == 0 else _restored(self.index, self.fitted.bank)
+        if found is None and exact:
+            why = "EK-FAC was not kept: the model is too large, or the index was built with judge=False"
+            raise RunError(f"the best {exact} scored by EK-FAC", why, "--exact 0")
+        return found
+
+    def affordable(self, curvature: KroneckerFisher | None, queries: int) -> int:
+        """How many of each end it can score for each query in about SECONDS in all."""
+        if curvature is None:
+            return 0
+        began = time.monotonic()
+        curvature.bank.gradients([self.fitted.examples[0]] * 4)
+        each = (time.monotonic() - began) / 4
+        return min(int(SECONDS / max(each, 1e-4) / 2 / queries), MOST_EXACT)
 
     def bytes_per_example(self) -> dict[str, int]:
         """plane -> bytes."""
@@ -173,35 +224,52 @@ class TrainingIndex:
 def build(
     objective: Objective, examples: Examples, place: str | Path, form: Form | str = "auto",
     layers: tuple[str, ...] | None = None, resume: bool = False, about: Mapping[str, Any] | None = None,
-    batch: int = BATCH, judge: bool = True,
+    batch: int = BATCH, judge: bool = True, workers: Workers | None = None, per_shard: int | None = None,
 ) -> TrainingIndex:  # fmt: skip
     """Take the examples' gradients into an index at ``place``. ``resume``: go on with one that was stopped.
 
     ``about``: what the manifest should say of where model and data come from; ``judge``: measure on a sample how well
-    this form, and the others, agree with EK-FAC (three more passes over the sample). Raises RunError, OutputError.
+    this form, and the others, agree with EK-FAC (three more passes over the sample); ``workers`` make the rows, in
+    place of this process; ``per_shard``: rows of a shard, and of what a worker is given, else chosen by their number.
+    Raises RunError, OutputError.
     """
+    from . import ray_workers
+
     form = Form.of(form) if isinstance(form, str) else form
     if not len(examples):
         raise RunError("training examples", "there is none", "one or more")
+    if workers is not None:
+        workers.check()
     index = _resumed(str(place), objective, examples, form, resume)
     shelf = _Shelf(str(place), Manifest(
         model=objective.fingerprint(), data=examples.fingerprint(), examples=len(examples), planes={"none": 1},
         method=form.name, code=__version__,
         settings={"form": asdict(form), "layers": list(layers) if layers else None, **dict(about or {})},
-    ), index)  # fmt: skip
-    projection = projection_of(form.init, form.size, form.seed, objective, examples, layers, shelf)
-    bank = bank_of(objective, examples, layers, projection)
-    scheme = form.scheme(bank.shapes)
-    if shelf.done and "stages" in shelf.tensors:
-        bank.stage_scale = _tensor(shelf.tensors["stages"])
-    elif bank.stage_scale is not None:
-        shelf.keep({"stages": bank.stage_scale.numpy()})
-    if judge and "trust/names" not in shelf.tensors:
-        exact = _exact(bank, examples)
-        shelf.keep(_as_tensors(judged(bank, examples, form, exact)) | _of_exact(exact, bank))
-    skipped = run(scheme, bank, examples, shelf, batch, "index")
-    assert shelf.index is not None
-    shelf.index.close()
+    ), index, per_shard or _per_shard(len(examples), batch, workers))  # fmt: skip
+    with shelf:
+        if index is not None:
+            ray_workers.gather(index, str(place))
+        projection = projection_of(form.init, form.size, form.seed, objective, examples, layers, shelf)
+        bank = bank_of(objective, examples, layers, projection)
+        scheme = form.scheme(bank.shapes)
+        if "stages" in shelf.tensors:
+            bank.stage_scale = _tensor(shelf.tensors["stages"])
+        elif bank.stage_scale is not None:
+            shelf.keep({"stages": bank.stage_scale.numpy()})
+        if judge and "trust/names" not in shelf.tensors:
+            exact = _exact(bank, examples)
+            shelf.keep(_as_tensors(judged(bank, examples, form, exact)) | _of_exact(exact, bank))
+        if workers is not None:
+            _learn(scheme, bank, examples, shelf, batch)
+            ray_workers.fill(shelf.begin(scheme.planes), str(place), bank, workers, batch)
+        elif shelf.index is not None:
+            _learn(scheme, bank, examples, shelf, batch)
+            _close_gaps(scheme, bank, examples, shelf.index, str(place), batch)
+        # What is left to do: rows, if there are, and what needs all of them.
+        skipped = run(scheme, bank, examples, shelf, batch, "index")
+        assert shelf.index is not None
+        if workers is not None or resume:
+            ray_workers.forget(str(place))
     return TrainingIndex(shelf.index, _fitted(form, scheme, bank, examples, shelf, tuple(skipped.numbers)), form)
 
 
@@ -212,19 +280,77 @@ def opened(place: str | Path, objective: Objective, examples: Examples) -> Train
     if index.done < index.manifest.examples:
         found = f"it holds {index.done} of {index.manifest.examples} examples"
         raise RunError(f"ask the index {place}", found, "whence index ... --resume, which goes on with it")
+    form, scheme, bank, shelf = restored(index, str(place), objective, examples)
+    last = scheme.large if isinstance(scheme, Both) else scheme
+    if "skipped" not in shelf.tensors or not last.tensors():
+        found = "its rows are all there, what is learned of them is not"
+        raise RunError(f"ask the index {place}", found, "whence index ... --resume, which goes on with it")
+    skipped = tuple(int(i) for i in shelf.tensors["skipped"])
+    return TrainingIndex(index, _fitted(form, scheme, bank, examples, shelf, skipped), form)
+
+
+def restored(
+    index: Index, place: str, objective: Objective, examples: Examples, layers: tuple[str, ...] | None = None
+) -> tuple[Form, Scheme, GradientBank, _Shelf]:
+    """What an index was fitted with, from its tensors. ``layers``: those that were tracked in the end, if known."""
     settings = index.manifest.settings
     form = Form(**settings["form"])
-    layers = tuple(settings["layers"]) if settings["layers"] else None
-    shelf = _Shelf(str(place), index.manifest, index)
+    layers = layers or (tuple(settings["layers"]) if settings["layers"] else None)
+    shelf = _Shelf(place, index.manifest, index)
     projection = projection_of(form.init, form.size, form.seed, objective, examples, layers, shelf)
     bank = GradientBank(objective, layers, projection)
-    bank.check(examples[0], drop=True)
+    bank.check(next(iter(sound(objective, spread(examples, 64))), examples[0]), drop=True)
     if "stages" in shelf.tensors:
         bank.stage_scale = _tensor(shelf.tensors["stages"])
     scheme = form.scheme(bank.shapes)
     scheme.restore({k.removeprefix("learned/"): shelf.tensors[k] for k in shelf.tensors if k.startswith("learned/")})
-    skipped = tuple(int(i) for i in shelf.tensors["skipped"])
-    return TrainingIndex(index, _fitted(form, scheme, bank, examples, shelf, skipped), form)
+    return form, scheme, bank, shelf
+
+
+def rows_of(
+    scheme: Scheme, bank: GradientBank, examples: Examples, first: int, stop: int, batch: int = BATCH
+) -> tuple[dict[str, NDArray[np.uint8]], list[int]]:
+    """The rows of a range of examples, plane by plane, and which of them have no finite gradient."""
+    skipped, parts = Skipped(), []
+    for n, part in enumerate(batches(examples, first, stop, batch)):
+        parts.append(scheme.encode(finite(bank.gradients(part), first + n * batch, skipped)))
+    return {plane: np.concatenate([p[plane] for p in parts]) for plane in parts[0]}, skipped.numbers
+
+
+def _per_shard(n: int, batch: int, workers: Workers | None) -> int:
+    """Whole batches, so that ranges are cut where one process cuts them; for workers small enough that each gets
+    several."""
+    most = min(SHARD, -(-n // (8 * (workers.count or 8)))) if workers else SHARD
+    return batch * max(1, most // batch)
+
+
+def _learn(scheme: Scheme, bank: GradientBank, examples: Examples, shelf: _Shelf, batch: int) -> None:
+    """What a scheme wants to see before any row is made, or what was kept of it."""
+    kept = {k.removeprefix("learned/"): shelf.tensors[k] for k in shelf.tensors if k.startswith("learned/")}
+    if kept:
+        scheme.restore(kept)
+    elif scheme.sample:
+        chosen = spread(examples, scheme.sample)
+        with progress("a sample", total=len(chosen), unit="examples") as advance:
+            scheme.learn(_all(bank, chosen, batch, advance))
+        shelf.keep({f"learned/{k}": v for k, v in scheme.tensors().items()})
+
+
+def _close_gaps(scheme: Scheme, bank: GradientBank, examples: Examples, index: Index, place: str, batch: int) -> None:
+    """Ranges that workers left out, before rows that others made."""
+    from .ray_workers import gather, note
+
+    gaps = [(a, min(b, len(index))) for a, b in index.missing() if a < len(index)]
+    if not gaps:
+        return
+    with progress("gaps", total=len(gaps), unit="ranges") as advance:
+        for first, stop in gaps:
+            planes, skipped = rows_of(scheme, bank, examples, first, stop, batch)
+            if skipped:
+                note(place, index.manifest, first, stop, skipped)
+            index.put(first, planes)
+            gather(index, place)
+            advance()
 
 
 def _fitted(
@@ -362,11 +488,15 @@ def _some_layers(bank: GradientBank) -> tuple[str, ...]:
     return (min(bank.layers, key=lambda x: x.parameters).name,)
 
 
-def _all(bank: GradientBank, examples: list[Any]) -> dict[str, Tensor]:
+def _all(
+    bank: GradientBank, examples: list[Any], batch: int = BATCH, advance: Callable[[int], None] | None = None
+) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
-    for at in range(0, len(examples), BATCH):
-        for name, g in finite(bank.gradients(examples[at : at + BATCH]), 0, Skipped()).items():
+    for at in range(0, len(examples), batch):
+        for name, g in finite(bank.gradients(examples[at : at + batch]), 0, Skipped()).items():
             parts.setdefault(name, []).append(g.cpu())
+        if advance is not None:
+            advance(len(examples[at : at + batch]))
     return {name: torch.cat(gs) for name, gs in parts.items()}
 
 
