@@ -4,6 +4,7 @@ It asks for a Python before 3.11 and is installed without regard to that. Random
 the raw second moments, its own damping rule. HF's Conv1D becomes nn.Linear, as its hooks want.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
@@ -24,6 +25,8 @@ def make(folder: str) -> Works:
     from torch.nn import functional
     from transformers.pytorch_utils import Conv1D
 
+    folder = str(Path(folder).resolve())
+    os.chdir(folder)  # it leaves a file where it stands
     model, _, task = loaded(folder)
     model.requires_grad_(True)
     for name in task["layers"]:
