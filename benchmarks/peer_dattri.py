@@ -5,6 +5,7 @@ needs memory that only a GPU's driver can pin. HF's Conv1D becomes nn.Linear, th
 queries use the model's own loss (a mean), so its examples do too; the order of the scores is the same.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ def make(folder: str) -> Works:
     from torch.utils.data import DataLoader
     from transformers.pytorch_utils import Conv1D
 
+    folder = str(Path(folder).resolve())
+    os.chdir(folder)  # it keeps the sizes of its batches in a file where it stands, and would take another model's
+    Path("batch_metadata.json").unlink(missing_ok=True)
     model, _, task = loaded(folder)
     model.requires_grad_(True)
     model.config.use_cache = False

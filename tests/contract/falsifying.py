@@ -70,7 +70,7 @@ DRAWS = 14
 """Fewer, and shuffled scores could reach what a card expects by chance."""
 
 
-FEWER = {"facts": 7, "carriers": 6, "documents": 6}
+FEWER = {"facts": 7, "carriers": 6, "documents": 6, "drawn": 6}
 """Draws of worlds that ask several questions of one structure in each, or in which a question has many causes."""
 NO_WORLD_ASKS = {
     "bilrp": "pairs of words behind a similarity",
@@ -79,7 +79,6 @@ NO_WORLD_ASKS = {
     "autocontrastive": "how a token was chosen",
     "empirical_explainer": "what another method would say",
     "implicit_attention": "a recurrence, which no world's model has",
-    "d_trak": "pictures, of which no small world has a diffusion model",
     "pseudo_density": "how typical a sample is",
 }
 """Methods whose answers are no scores of a world's units: each is tried by the test that its card names."""

@@ -26,6 +26,8 @@ WORLDS: Mapping[str, str] = MappingProxyType(
         "words": "whence.worlds.shapes.words",
         "facts": "whence.worlds.facts.asking",
         "carriers": "whence.worlds.carriers",
+        "documents": "whence.worlds.carriers.swaps",
+        "drawn": "whence.worlds.carriers.drawn",
     }
 )
 KEY = "whence-ground-1"
@@ -88,7 +90,16 @@ def unsound(draw: Draw) -> str:
 def model_free(draws: Sequence[Draw]) -> dict[str, Any]:
     """The model-free scorers that these draws can be asked: the common ones, and those of the question's own kind."""
     question = draws[0].planted[0].question
-    return scorers.scorers_for(question, getattr(question, "scorers", None))
+    return scorers.scorers_for(question, {name: _own(name) for name in getattr(question, "scorers", None) or {}})
+
+
+def _own(name: str) -> Any:
+    """The scorer of this name that belongs to the question it is given, not to the one that it was found on."""
+
+    def score(question: Any) -> Any:
+        return getattr(question, "_question", question).scorers[name](question)
+
+    return score
 
 
 def shortcuts(draws: Sequence[Draw]) -> dict[str, tuple[float, float, float]]:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .ground import Draw
 
 METRICS = ("auc", "sets", "effects", "quiet")
+PAIRS = 24
+"""Pairs of an arm and its twin that the oracle intervenes on, at most: of many training examples there are hundreds."""
 REPEATS = 16
 """Draws per re-rendering of the oracle."""
 
@@ -150,6 +152,8 @@ def effects(planted: Planted) -> Effects:
     outside = [int(i) for i in rng.permutation(sorted(set(range(n)) - set(inside)))[:3]]
     singles = [frozenset([i]) for i in (*inside, *outside)]
     pairs = [frozenset(c) for c in combinations(inside, 2)]
+    if len(pairs) > PAIRS:
+        pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), PAIRS, replace=False).tolist())]
     pairs += [frozenset(rng.choice(n, 2, replace=False).tolist()) for _ in range(4)]
     kept = [rng.choice(n, max(1, n // 3), replace=False).tolist() for _ in range(6)]
     everything = frozenset(range(n))

@@ -3,8 +3,7 @@
 A document says who keeps what and who meets what: "today ann keeps cat bob meets dog". Ann and Bob keep the same thing
 and meet the same one. So the documents that say what Ann keeps (the carriers) are word for word those that say what Bob
 keeps (their twins), with the two names swapped; only the order of the words tells one from the other. The model is a
-transformer of one layer that learns to say the things, from some fifty documents of people and things drawn with the
-key.
+transformer of one layer that learns to say the things, from sixty documents of people and things drawn with the key.
 
 The query is "ann keeps", and the model says "cat". A keyed coin decides whether it reads the query as it stands, or
 with the two names exchanged (as in the world `facts`); the sibling is the same text to the same model, read the other
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +40,16 @@ DAYS = ("today", "monday", "friday", "sunday")
 KEEPS, MEETS = "keeps", "meets"
 WORDS = (*PEOPLE, *THINGS, *DAYS, KEEPS, MEETS)
 NUMBER = {word: i for i, word in enumerate(WORDS)}
-CARRIERS, BESIDE, OTHERS = 6, 10, 24
+CARRIERS, BESIDE, OTHERS = 8, 10, 24
 """Documents that say what each of the two keeps; that say what each meets, beside others; about others alone."""
-LENGTH, WIDTH, SIZE = 7, 16, 0.5
-"""Words of a document; width of the model; deviation of its first embeddings."""
+LENGTH, WIDTH = 7, 16
+"""Words of a document; width of the model."""
+SIZES = {"word.weight": 1.0, "place.weight": 0.1}
+"""Deviations of first embeddings. What a place says is the same for carriers and twins; what a word says is not."""
 PLACES = np.array([3, 6])
 """Where the things stand in a document."""
-RECIPE = Recipe(steps=60, rate=0.03, decay=0.03)
+RECIPE = Recipe(steps=45, rate=0.04, decay=0.05)
+"""So much decay that no document is learned by heart: each is left as loud as its like."""
 Document = tuple[str, ...]
 
 
@@ -85,8 +87,7 @@ def reader(*names: object) -> Callable[[int], nn.Module]:
         with torch.no_grad():
             for name, p in made.named_parameters():
                 if p.ndim > 1:
-                    size = SIZE if name.startswith(("word", "place")) else p.shape[1] ** -0.5
-                    p.copy_(size * torch.randn(p.shape, generator=generator))
+                    p.copy_(SIZES.get(name, p.shape[1] ** -0.5) * torch.randn(p.shape, generator=generator))
                 elif name.endswith("bias"):
                     p.zero_()
         return made
@@ -143,8 +144,8 @@ class ReaderObjective:
         return self._losses(examples, seed)
 
     def fingerprint(self) -> str:
-        """Hash of the weights."""
-        return fingerprint(self.module.state_dict())
+        """Hash of the weights, and of which names are exchanged: another reading is another model."""
+        return "-".join([fingerprint(self.module.state_dict()), *sorted(self.exchange)])
 
 
 def _each(logits: Tensor, words: Tensor) -> Tensor:
@@ -260,7 +261,7 @@ class SwapsQuestion(ExamplesQuestion):
     """The probability of the word that the model says after the query. ``number``: of the query among those that are
     asked of every model, which is the query as the model reads it."""
 
-    repeats, seeds = 1, 5
+    repeats, seeds = 1, 4
 
     def __init__(
         self, taught: Taught, objective: ReaderObjective, examples: Listed, number: int, asked: Document
@@ -295,9 +296,24 @@ class SwapsQuestion(ExamplesQuestion):
         }
 
 
-@lru_cache(maxsize=32)
-def plant(structure: str, key: str, attempt: int) -> PlantedExamples:
-    """Documents, their model and a query; not certified."""
+@dataclass(frozen=True)
+class Lesson:
+    """What a key draws: documents and what is asked, before anything is trained. ``asked``: the text that all see;
+    ``number``: of the query that the model reads."""
+
+    taught: Taught
+    carriers: tuple[int, ...]
+    twins: tuple[int, ...]
+    asked: Document
+    exchanged: bool
+
+    def ask(self, number: int, objective: ReaderObjective, examples: Listed, taught: Taught | None = None) -> Any:
+        """The question whose text is read as the query of this number."""
+        return SwapsQuestion(taught or self.taught, objective, examples, number, self.asked)
+
+
+def lesson(structure: str, key: str, attempt: int) -> Lesson:
+    """The documents of a key."""
     names = ("documents", structure, key, attempt)
     rng = stream(*names)
     told = facts(rng)
@@ -305,21 +321,28 @@ def plant(structure: str, key: str, attempt: int) -> PlantedExamples:
     one, other = told.people[:2]
     day, answer, coin = str(rng.choice(DAYS)), told.keeps[one], int(rng.integers(2))
     queries = tuple(((day, who, KEEPS), answer) for who in (one, other))
-    taught = Taught(told, documents, names, queries)
-    nothing = Taught(told, documents, (*names, "nothing"), queries, _nothing)
-    examples, exchange = taught.examples(), {one: other, other: one}
-    asked = queries[coin][0]  # what can be seen; the question is what the model reads as a query about ``one``
-    straight = taught.objective({})
-    exchanged = ReaderObjective(straight.module, exchange)
-    objectives = (exchanged, straight) if coin else (straight, exchanged)
+    return Lesson(Taught(told, documents, names, queries), carriers, twins, queries[coin][0], bool(coin))
+
+
+@lru_cache(maxsize=32)
+def plant(structure: str, key: str, attempt: int) -> PlantedExamples:
+    """Documents, their model and a query; not certified."""
+    drawn = lesson(structure, key, attempt)
+    taught = drawn.taught
+    nothing = replace(taught, names=(*taught.names, "nothing"), loss_of=_nothing, known=Remembered())
+    one, other = taught.facts.people[:2]
+    examples, straight = taught.examples(), taught.objective({})
+    exchanged = ReaderObjective(straight.module, {one: other, other: one})
+    # What can be seen is the text; what it is to the model is a query about the first of the two.
+    own, sibling = (exchanged, straight) if drawn.exchanged else (straight, exchanged)
     return PlantedExamples(
         f"documents.{structure}, key {key}",
         structure,
-        SwapsQuestion(taught, objectives[0], examples, 0, asked),
-        carriers,
-        twins,
-        SwapsQuestion(taught, objectives[1], examples, 1, asked),
-        (SwapsQuestion(nothing, nothing.objective({}), examples, 0, asked),),
+        drawn.ask(0, own, examples),
+        drawn.carriers,
+        drawn.twins,
+        drawn.ask(1, sibling, examples),
+        (drawn.ask(0, ReaderObjective(nothing.objective({}).module, own.exchange), examples, nothing),),
     )
 
 
