@@ -314,6 +314,13 @@ def test_prove_prints_what_was_found_and_records_it(
     record = json.loads((tmp_path / "docs" / "verdicts.json").read_text())
     assert [r["method"] for r in record["methods"]] == ["daam", "swap"]
     assert [p.name for p in (tmp_path / "docs").iterdir()] == ["verdicts.json"]
+    row["score"] = score | {"interval": [0.8, 1.0], "n": 6, "mean": 0.1}
+    code, _, told = whence_says(capsys, "prove", "daam", "--write", "--json")
+    assert "keeps 16 replicates" in told
+    assert json.loads((tmp_path / "docs" / "verdicts.json").read_text())["methods"][0]["score"]["mean"] == 0.9
+    row["score"] = score | {"interval": [0.8, 1.0], "n": 60, "mean": 0.7}
+    assert whence_says(capsys, "prove", "daam", "--write", "--json")[2] == ""
+    assert json.loads((tmp_path / "docs" / "verdicts.json").read_text())["methods"][0]["score"]["mean"] == 0.7
     row["score"] = score | {"interval": [0.8, 1.0]}
     printed = whence_says(capsys, "prove")[1]
     assert "0.600 shuffled" in printed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import os
+import sys
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -73,16 +74,28 @@ def prove(asked: Asked, json: bool) -> None:
 
 
 def _record(rows: list[dict[str, Any]], full: bool) -> None:
-    """Put rows into the record; those of methods that were not tried now stay as they are."""
+    """Put rows into the record; those of methods that were not tried now stay as they are, and so do those of the same
+    trial that have more replicates."""
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     today = {"date": date.today().isoformat(), "versions": versions}
     kept = json_text.loads(RECORD.read_text(encoding="utf8"))["methods"] if RECORD.exists() else []
-    found = {row["method"]: row for row in kept} | {row["method"]: row | today for row in rows}
+    found = {row["method"]: row for row in kept}
+    for row in rows:
+        old = found.get(row["method"], {})
+        if old.get("trial") == row.get("trial") and _replicates(old) > _replicates(row):
+            told = f"{row['method']}: the record keeps {_replicates(old)} replicates, these are {_replicates(row)}"
+            print(told, file=sys.stderr)
+        else:
+            found[row["method"]] = row | today
     command = "whence prove --full --write" if full else "whence prove --write"
     record = {"schema": SCHEMA, "command": command, **today, "methods": [found[n] for n in sorted(found)]}
     part = RECORD.with_suffix(".json.part")
     part.write_text(json_text.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf8")
     os.replace(part, RECORD)
+
+
+def _replicates(row: dict[str, Any]) -> int:
+    return int((row.get("score") or {}).get("n", 0))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
