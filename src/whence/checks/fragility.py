@@ -13,6 +13,9 @@ from the shallowest, narrowest or most decayed to the other end. It is held agai
 * shuffled: the same from scores given to other examples;
 * noise of training: outputs of another seed agree with these by r_a. Were the scores as good everywhere as at the first
   level, noise alone would make rho fall as sqrt(r_a) does.
+
+The replicate is the seed of training; halves, examples and queries are the same for all. The noise control takes r_a as
+known, so where it decides narrowly it is not to be leant on.
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ CARD = Card(
     "scores are whatever method is handed in, where the paper has Hessian-vector products alone. Groups (LDS) beside "
     "single examples; those left out are random ones, the paper's are the most influential. Trained from the first "
     "weights, not on from the optimum. The second control is an addition. The paper was not at hand: its "
-    "measures are told from memory.",
+    "measures are told from memory. Found on digits with ekfac: the LDS falls with depth (.84 without hidden layers, .43 "
+    "with four; half or more of the fall is what noise explains) and without weight decay (.70 at 1e-2, .47 at none); "
+    "that it falls with width is refuted. For single examples the fall with depth is no more than noise explains.",
     avoid="As a word on one query: agreement differs from query to query, and this is its mean.",
 )
 
