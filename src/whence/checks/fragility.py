@@ -62,9 +62,9 @@ CARD = Card(
     "scores are whatever method is handed in, where the paper has Hessian-vector products alone. Groups (LDS) beside "
     "single examples; those left out are random ones, the paper's are the most influential. Trained from the first "
     "weights, not on from the optimum. The second control is an addition. The paper was not at hand: its "
-    "measures are told from memory. Found on digits with ekfac: the LDS falls with depth (.84 without hidden layers, .43 "
-    "with four; half or more of the fall is what noise explains) and without weight decay (.70 at 1e-2, .47 at none); "
-    "that it falls with width is refuted. For single examples the fall with depth is no more than noise explains.",
+    "measures are told from memory. Found on digits with ekfac: the LDS falls with depth (.84 without hidden layers, "
+    ".43 with four; noise explains two thirds of it) and with less decay (.70 at 1e-2, .47 at none); that it falls "
+    "with width is refuted. For single examples, noise explains the fall with depth.",
     avoid="As a word on one query: agreement differs from query to query, and this is its mean.",
 )
 
