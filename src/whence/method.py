@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import MethodError, nearest
 
-ROOMS = ("inputs", "ablations", "influence", "edits", "checks")
+ROOMS = ("inputs", "parts", "ablations", "influence", "latents", "concepts", "edits", "checks", "metrics")
 """Packages whose files carry cards."""
 
 
@@ -19,9 +19,10 @@ class Card:
     """What a method is and what it claims.
 
     ``claim`` is one sentence that could be false; ``falsifier`` says how: ``trial`` (``world.trial``, a function of
-    that world that takes an explainer and gives paired scores), ``planted`` (the answer that was planted), ``expect``
-    (the number that the trial's mean must reach), ``control`` (what must fail) and ``seconds``. ``needs`` are
-    capabilities held against the model before work starts. ``verb`` names the settings class or function.
+    that world that takes an explainer and gives paired scores; ``world.module.function``, one that takes the verb and
+    gives a :class:`~whence.worlds.measured.Measured`; ``path::name``, a test), ``planted`` (the answer that was
+    planted), ``expect`` (the number that the trial's mean must reach), ``control`` (what must fail) and ``seconds``.
+    ``needs`` are capabilities held against the model before work starts. ``verb`` names the settings class or function.
     """
 
     name: str
@@ -82,7 +83,7 @@ def card_of(name: str) -> Card:
 
 def maps_pictures(card: Card) -> bool:
     """Whether the method maps the words of a picture (others score the units of a Question, or judge explanations)."""
-    return not card.module.startswith("whence.checks") and any(
+    return card.module.startswith(("whence.inputs", "whence.ablations")) and any(
         need.startswith(("cross-attention", "joint-attention", "generate")) for need in card.needs
     )
 

@@ -1,10 +1,10 @@
 """Put methods on trial: each Card's falsifier, run against explanations that must fail.
 
-Two kinds of trial. *Pictures*: word maps of generated pictures against what the oracle sees. *Questions*: scores of
+Three kinds of trial. *Pictures*: word maps of generated pictures against what the oracle sees. *Questions*: scores of
 units on worlds with planted causes (`worlds/trial.py`), ours or a stranger's, method or world. In both every replicate
-gives a score of 0..1, chance 0.5, for the method and for every control; the verdict is the one rule of `verdict.py` on
-the gain over chance, paired by replicate, with ``expect - 0.5`` as the smallest gain worth having and the strongest
-control as the control.
+gives a score of 0..1, chance 0.5, for the method and for every control. *Claims*: what a method does to a model
+(`worlds/measured.py`), with a chance of its own. The verdict is the one rule of `verdict.py` on the gain over chance,
+paired by replicate, with ``expect - chance`` as the smallest gain worth having, and the strongest control as control.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .score import Score
     from .worlds.controls import Explainer
     from .worlds.ground import Draw, World
+    from .worlds.measured import Measure
     from .worlds.trial import DrawResult
 
 PICTURES, FULL = 16, 60
@@ -58,10 +59,24 @@ def asks_questions(card: Card) -> bool:
     return str(card.falsifier.get("trial", "")).partition(".")[0] in WORLDS
 
 
+def measured_by(card: Card) -> Measure | None:
+    """The function that a card names as ``world.module.function``, else None. Raises MethodError if there is none."""
+    named = str(card.falsifier.get("trial", ""))
+    if "::" in named or named.count(".") != 2:
+        return None
+    world, module, name = named.split(".")
+    try:
+        return getattr(import_module(f"whence.worlds.{world}.{module}"), name)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise MethodError(
+            f"the trial of {card.name}", f"no trial {named!r}: {error}", "world.module.function"
+        ) from None
+
+
 def on_trial(card: Card) -> bool:
-    """Whether a card's falsifier is a world's trial of explanations (else it is a test of its own, ``path::name``)."""
+    """Whether a card's falsifier is a world's trial (else it is a test of its own, ``path::name``)."""
     trial = str(card.falsifier.get("trial", ""))
-    return (
+    return measured_by(card) is not None or (
         bool(trial)
         and "::" not in trial
         and hasattr(load_method(card.name), "explain" if "influence" not in card.module else "fit")
@@ -83,8 +98,39 @@ def _remembered(explain: Explainer) -> Explainer:
     return explain_once
 
 
-def try_method(name: str, pictures: int, model: Any) -> dict[str, Any]:
-    """One method's row on pictures: its score, the controls' scores on the same pictures, the verdict."""
+def _of_claim(card: Card, measure: Measure, n: int, model: Any, advance: Advance | None) -> dict[str, Any]:
+    """What a claim's trial measured, and the verdict."""
+    from .score import Score
+    from .verdict import judge
+
+    began = time.perf_counter()
+    try:
+        found = measure(load_method(card.name), n, model, advance)
+    except WhenceError as error:
+        return {"word": "not shown", "reason": f"asked: {error.asked}; found: {error.found}"}
+    verdict = judge(
+        [v - found.chance for v in found.values],
+        {c: [v - found.chance for v in values] for c, values in found.controls.items()},
+        claim=card.claim,
+        delta=float(card.falsifier["expect"]) - found.chance,
+        readout=found.name,
+        unit=found.unit if found.chance == 0 else f"{found.unit}, above {found.chance:g}",
+        alpha=0.05,
+        replicate=found.replicate,
+    )
+    return {
+        "word": verdict.word,
+        "score": Score.of(found.name, found.unit, found.values).record(),
+        "expect": card.falsifier["expect"],
+        "controls": {c: Score.of(found.name, found.unit, v).record() for c, v in found.controls.items()},
+        "verdict": verdict.record(),
+        "details": dict(found.details),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def try_method(name: str, pictures: int, model: Any, advance: Advance | None = None) -> dict[str, Any]:
+    """One method's row on pictures or of a claim: its score, the controls' scores on the same pictures, the verdict."""
     from .verdict import judge
     from .worlds import controls
 
@@ -93,6 +139,9 @@ def try_method(name: str, pictures: int, model: Any) -> dict[str, Any]:
     if not on_trial(card):
         reason = card.falsifier.get("reason", f"its falsifier is a test: {card.falsifier.get('trial')}")
         return row | {"word": card.falsifier.get("status", "tested"), "reason": reason}
+    measure = measured_by(card)
+    if measure is not None:
+        return row | _of_claim(card, measure, pictures, model, advance)
     trial, explain = trial_of(card), _remembered(load_method(name)().explain)
     began = time.perf_counter()
     try:

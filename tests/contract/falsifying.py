@@ -15,7 +15,7 @@ from whence import verbs
 from whence.engine.randomness import stream
 from whence.explanation import Explanation
 from whence.method import Card, card_of, catalogue, load
-from whence.proving import Ground, asks_questions
+from whence.proving import Ground, asks_questions, measured_by
 from whence.run import Run
 from whence.score import Score
 from whence.worlds.controls import random_maps, shuffled
@@ -28,11 +28,15 @@ PICTURES = 32
 
 NAMES = tuple(catalogue())
 SHOWN = tuple(
-    n for n, c in catalogue().items() if c.falsifier.get("status") != "not shown" and "::" not in c.falsifier["trial"]
+    n
+    for n, c in catalogue().items()
+    if c.falsifier.get("status") != "not shown" and "::" not in c.falsifier["trial"] and not measured_by(c)
 )
+MEASURED = tuple(n for n, c in catalogue().items() if measured_by(c) and c.falsifier.get("status") != "not shown")
+"""What they do to a model is measured for minutes, by `whence prove`; their own tests ask it of fewer replicates."""
 OF_TEXT = tuple(n for n in SHOWN if str(catalogue()[n].falsifier["trial"]).startswith("facts."))
 NOT_SHOWN = tuple(n for n, c in catalogue().items() if c.falsifier.get("status") == "not shown")
-TESTED = tuple(n for n in NAMES if n not in SHOWN and n not in NOT_SHOWN)
+TESTED = tuple(n for n in NAMES if n not in (*SHOWN, *NOT_SHOWN, *MEASURED))
 """Checks judge explanations and give none: their falsifier is a test, ``path::name``, run with all others and found to
 exist by tests/layers/test_cards.py."""
 

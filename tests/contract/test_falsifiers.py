@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from falsifying import NAMES, NO_WORLD_ASKS, NOT_SHOWN, OF_TEXT, SHOWN, TESTED, must_fail, must_reach
+from falsifying import MEASURED, NAMES, NO_WORLD_ASKS, NOT_SHOWN, OF_TEXT, SHOWN, TESTED, must_fail, must_reach
 
 from whence.method import card_of
 
@@ -11,7 +11,7 @@ HERE = tuple(n for n in SHOWN if n not in OF_TEXT)
 
 
 def test_no_card_is_left_out() -> None:
-    assert sorted((*SHOWN, *NOT_SHOWN, *TESTED)) == sorted(NAMES)
+    assert sorted((*SHOWN, *NOT_SHOWN, *MEASURED, *TESTED)) == sorted(NAMES)
     for name in TESTED:
         if not card_of(name).module.startswith("whence.checks."):
             assert name in NO_WORLD_ASKS, f"{name} explains, so it needs a trial of a world"

@@ -15,21 +15,25 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "whence"
 
 NOUNS = "nouns"
-METHODS = ("inputs", "ablations", "influence", "edits")
+METHODS = ("inputs", "parts", "ablations", "influence", "latents", "concepts", "edits")
 MAY_IMPORT = {
     NOUNS: {NOUNS},
     "engine": {NOUNS, "engine"},
     "models": {NOUNS, "engine", "models"},
     "worlds": {NOUNS, "engine", "models", "worlds"},
     "inputs": {NOUNS, "engine", "models", "worlds"},
+    "parts": {NOUNS, "engine", "models", "worlds"},
     "ablations": {NOUNS, "engine", "models", "worlds"},
+    "latents": {NOUNS, "engine", "models", "worlds"},
+    "concepts": {NOUNS, "engine", "models", "worlds"},
     "edits": {NOUNS, "engine", "models", "worlds"},
     "influence": {NOUNS, "engine", "models", "worlds"},
     "checks": {NOUNS, "engine", "models", "worlds", "checks"},
+    "metrics": {NOUNS, "engine", "models", "worlds", "metrics"},
     "store": {NOUNS, "engine", "models", "worlds", "influence", "checks", "store"},
-    "report": {NOUNS, "engine", "models", "worlds", *METHODS, "checks", "store", "verbs", "report"},
-    "verbs": {NOUNS, "engine", "models", "worlds", *METHODS, "checks", "verbs"},
-    "cli": {NOUNS, "engine", "models", "worlds", *METHODS, "checks", "store", "report", "verbs", "cli"},
+    "report": {NOUNS, "engine", "models", "worlds", *METHODS, "checks", "metrics", "store", "verbs", "report"},
+    "verbs": {NOUNS, "engine", "models", "worlds", *METHODS, "checks", "metrics", "verbs"},
+    "cli": {NOUNS, "engine", "models", "worlds", *METHODS, "checks", "metrics", "store", "report", "verbs", "cli"},
 }
 """Layer -> layers. Methods import no method, worlds and checks none."""
 DRAWING = ("whence.report.fragments", "whence.report.text_page")
