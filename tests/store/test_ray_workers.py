@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from whence.engine.crew import SET, Workers
 from whence.errors import RunError
 from whence.store import Index
-from whence.store.ray_workers import SET, Workers, _builder, forget, gather
+from whence.store.ray_workers import _builder, forget, gather
 from whence.store.training_index import TrainingIndex, build, opened
 
 pytest.importorskip("ray", reason='Ray is not installed: nothing of workers was tried (pip install "whence[ray]")')
@@ -64,8 +65,9 @@ class Broken(Listed):
         return super().__getitem__(number)
 
 
-def load(folder, driver, waits=False, broken=False):
-    """``driver``: the process that is spared the wait and the damage."""
+def load(folder, driver, waits=False, broken=False, together=1):
+    """``driver``: the process that is spared the wait and the damage. ``together``: workers that begin at once, so
+    that a quick one does not do the work of a slow one."""
     draw = stream("ray workers")
     x, y = draw.normal(size=(240, 12)).astype(np.float32), draw.integers(0, 3, 240)
     x[[37, 201]] = np.nan
@@ -77,6 +79,9 @@ def load(folder, driver, waits=False, broken=False):
     if os.getpid() != driver:
         objective.place = folder if waits else None
         Path(folder, f"{os.getpid()}.worker").touch()
+        until = time.monotonic() + 120
+        while len(list(Path(folder).glob("*.worker"))) < together and time.monotonic() < until:
+            time.sleep(0.02)
         if broken:
             object.__setattr__(examples, "place", str(Path(folder, "tries")))
     return objective, examples
@@ -234,7 +239,7 @@ def test_workers_write_the_bytes_of_one_process_and_a_ray_that_was_started_is_en
 ) -> None:
     import ray
 
-    load = partial(subject.load, tmp_path, os.getpid())
+    load = partial(subject.load, tmp_path, os.getpid(), together=2)
     index = made(tmp_path / "ix", load(), Workers("local", load, count=2))
     assert not ray.is_initialized()
     assert len(list(tmp_path.glob("*.worker"))) == 2

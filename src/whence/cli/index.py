@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..engine.crew import Workers
     from ..objective import Examples, Objective
-    from ..store.ray_workers import Workers
     from ..store.training_index import Judged, TrainingIndex
 
 
@@ -78,7 +78,7 @@ def index(asked: Asked, json: bool) -> None:
 
 def workers_of(address: str, about: Mapping[str, Any]) -> Workers:
     """Workers of the Ray at ``address``, who load what ``about`` says. Raises RunError where there is none."""
-    from ..store.ray_workers import Workers
+    from ..engine.crew import Workers
     from .training_set import WORLDS
 
     model = str(about["model"])

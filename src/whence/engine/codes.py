@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Rows = NDArray[np.uint8]
     Scores = NDArray[np.float32]
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 """layer -> shape of one example's numbers."""
 KINDS = {"int8": torch.int8, "float16": torch.float16}
 BLOCK = 512

@@ -27,6 +27,9 @@ from .project import EigenProjection, Projection
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .curvature import KroneckerFisher
+    from .progress import Advance
+
     Codes = NDArray[np.uint8]
 
 KIND = "training example"
@@ -168,6 +171,60 @@ def spread(examples: Examples, n: int) -> list[Any]:
     return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, n).round()]
 
 
+def gradients_of(
+    bank: GradientBank, chosen: Sequence[Any], batch: int = BATCH, advance: Callable[[int], object] | None = None
+) -> tuple[dict[str, Tensor], list[int]]:
+    """The gradients of a list of examples, on the processor, and the places of those that are not finite."""
+    parts: dict[str, list[Tensor]] = {}
+    lost = Skipped()
+    for at in range(0, len(chosen), batch):
+        for name, g in finite(bank.gradients(list(chosen[at : at + batch])), at, lost).items():
+            parts.setdefault(name, []).append(g.cpu())
+        if advance is not None:
+            advance(len(chosen[at : at + batch]))
+    return {name: torch.cat(gs) for name, gs in parts.items()}, lost.numbers
+
+
+def _refuse(lost: Sequence[int]) -> None:
+    if lost:
+        raise RunError(f"the query {lost[0]}", "its gradient is not finite", "a query with a finite loss")
+
+
+def exact_scores(
+    curvature: KroneckerFisher, queries: Sequence[Any], chosen: Examples | Sequence[Any], advance: Advance | None = None
+) -> NDArray[np.float32]:
+    """score[query, example] by EK-FAC, from gradients taken anew; 0 for an example whose gradient is not finite. Raises
+    RunError for such a query."""
+    lost = Skipped()
+    rows = flat(curvature.inverse(finite(curvature.bank.gradients(list(queries)), 0, lost)))
+    _refuse(lost.numbers)
+    found = []
+    for at in range(0, len(chosen), BATCH):
+        part = [chosen[i] for i in range(at, min(at + BATCH, len(chosen)))]
+        found.append((rows @ flat(finite(curvature.bank.gradients(part), at, Skipped())).T).numpy())
+        if advance is not None:
+            advance(len(part))
+    return np.concatenate(found, 1)
+
+
+def learn(
+    scheme: Scheme, bank: GradientBank, examples: Examples, shelf: Shelf, batch: int = BATCH
+) -> tuple[dict[str, Tensor], list[int]]:
+    """What a scheme wants to see before any row is made: seen, or taken from what was kept. Gives what was taken of all
+    examples, where the sample was all of them."""
+    kept = {k.removeprefix("learned/"): v for k, v in shelf.tensors.items() if k.startswith("learned/")}
+    if kept:
+        scheme.restore(kept)
+    if kept or not scheme.sample:
+        return {}, []
+    chosen = spread(examples, scheme.sample)
+    with progress("a sample", total=len(chosen), unit="examples") as advance:
+        sample, lost = gradients_of(bank, chosen, batch, advance)
+    scheme.learn(sample)
+    shelf.keep({f"learned/{k}": v for k, v in scheme.tensors().items()})
+    return (sample, lost) if len(chosen) == len(examples) else ({}, [])
+
+
 def build(
     scheme: Scheme, bank: GradientBank, examples: Examples, shelf: Shelf, batch: int = BATCH, what: str = "gradients"
 ) -> Skipped:
@@ -175,34 +232,16 @@ def build(
     stopped. Raises RunError for no example, or none with finite gradients."""
     if not len(examples):
         raise RunError("training examples", "there is none", "one or more")
-    skipped, lost = Skipped(), Skipped()
-    taken: dict[str, Tensor] = {}
+    skipped = Skipped()
     if "skipped" in shelf.tensors:
         skipped.numbers = shelf.tensors["skipped"].tolist()
-    if scheme.sample:
-        kept = {k: v for k, v in shelf.tensors.items() if k.startswith("learned/")}
-        if kept:
-            scheme.restore({k.removeprefix("learned/"): v for k, v in kept.items()})
-        else:
-            seen: dict[str, list[Tensor]] = {}
-            chosen = spread(examples, scheme.sample)
-            with progress("a sample", total=len(chosen), unit="examples") as advance:
-                for at in range(0, len(chosen), batch):
-                    good = finite(bank.gradients(chosen[at : at + batch]), at, lost)
-                    for name, g in good.items():
-                        seen.setdefault(name, []).append(g.cpu())
-                    advance(len(chosen[at : at + batch]))
-            sample = {name: torch.cat(parts) for name, parts in seen.items()}
-            scheme.learn(sample)
-            shelf.keep({f"learned/{k}": v for k, v in scheme.tensors().items()})
-            if len(chosen) == len(examples) and not shelf.done:
-                taken = sample  # the sample is all there is: its gradients are not taken twice
+    taken, lost = learn(scheme, bank, examples, shelf, batch)  # gradients are not taken twice
     with progress(what, total=len(examples), done=shelf.done, unit="examples") as advance:
         for part in batches(examples, shelf.done, batch=batch):
             known, at = len(skipped.numbers), shelf.done
             if taken:
                 gradients = {name: g[at : at + len(part)] for name, g in taken.items()}
-                skipped.numbers += [i for i in lost.numbers if at <= i < at + len(part)]
+                skipped.numbers += [i for i in lost if at <= i < at + len(part)]
             else:
                 gradients = finite(bank.gradients(part), at, skipped)
             if len(skipped.numbers) > known:  # a pass that goes on must know what it left out before it was stopped
@@ -236,15 +275,9 @@ class Fitted:
 
     def prepare(self, queries: Sequence[Any], batch: int = BATCH) -> Any:
         """The queries' side of the scores. Raises RunError where a query's gradient is not finite."""
-        parts: dict[str, list[Tensor]] = {}
-        wrong = Skipped()
-        for at in range(0, len(queries), batch):
-            part = finite(self.bank.gradients(list(queries[at : at + batch])), at, wrong)
-            for name, g in part.items():
-                parts.setdefault(name, []).append(g)
-        if wrong.numbers:
-            raise RunError(f"the query {wrong.numbers[0]}", "its gradient is not finite", "a query with a finite loss")
-        return self.scheme.prepare({name: torch.cat(gs) for name, gs in parts.items()})
+        gradients, lost = gradients_of(self.bank, queries, batch)
+        _refuse(lost)
+        return self.scheme.prepare(gradients)
 
     def scores(self, queries: Sequence[Any]) -> NDArray[np.float32]:
         """score[query, example], larger where the example made the query's output more likely."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from .influence import BATCH, BLOCK, Fitted, Scheme, Shelf, Skipped, finite, flat
+from .influence import BLOCK, Fitted, Scheme, Shelf, exact_scores
 from .scan import Ends, top
 
 if TYPE_CHECKING:
@@ -152,12 +152,7 @@ def _found(ends: Ends, q: int, scanned: int, again: int, recall: float | None, p
 def once_more(found: Found, curvature: KroneckerFisher, fitted: Fitted, query: Any, k: int) -> Found:
     """The last stage: all that was found, scored once more by EK-FAC from gradients taken anew."""
     numbers = np.unique(np.concatenate([found.numbers, found.low_numbers]))
-    asked = flat(curvature.inverse(curvature.bank.gradients([query])))
-    parts = []
-    for at in range(0, len(numbers), BATCH):
-        chosen = [fitted.examples[int(i)] for i in numbers[at : at + BATCH]]
-        good = finite(curvature.bank.gradients(chosen), at, Skipped())
-        parts.append((asked @ flat(good).T).numpy())
-    ends = top([(numbers, np.concatenate(parts, 1))], min(k, len(numbers)))
+    scores = exact_scores(curvature, [query], [fitted.examples[int(i)] for i in numbers])
+    ends = top([(numbers, scores)], min(k, len(numbers)))
     last = _found(ends, 0, found.scanned, found.again, found.recall, found.slice)
     return replace(last, exact=len(numbers))

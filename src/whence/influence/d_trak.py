@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..engine.influence import flat
+from ..engine.project import subsampled_hadamard
+from ..engine.schemes import Kernel
 from ..errors import MethodError, RunError
 from ..method import Card
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from ..engine.influence import Fitted, Shelf
@@ -61,10 +62,6 @@ CARD = Card(
 )
 
 
-LARGEST = 8192
-"""Numbers of a feature; the kernel has as many each way."""
-
-
 @dataclass(frozen=True)
 class DTRAK:
     """``size``: k, numbers that the whole gradient is projected to; None: it stays whole. ``damping``: lambda as a
@@ -100,72 +97,13 @@ class DTRAK:
         return _Scheme(shapes, self)
 
 
-class _Scheme:
-    sample = 0
-
+class _Scheme(Kernel):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: DTRAK) -> None:
-        from ..engine.codes import Numbers
-
         self.settings, self.layers = settings, sorted(shapes)  # the projection hangs on the order
         whole = sum(out * inp for out, inp in shapes.values())
-        width = min(whole, settings.size or whole)
-        if width > LARGEST:
-            found = f"{width:,} numbers, and a kernel of as many each way"
-            raise RunError("features of this size", found, f"size= of {LARGEST:,} or less")
-        self.codec = Numbers({"all": (width,)}, "float16")
-        self.inverse: Any = None
-        self.damping = 0.0
+        super().__init__({"all": min(whole, settings.size or whole)}, settings.damping)
 
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"features": self.codec.stride}
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is wanted of a sample."""
-
-    def features(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """phi, [example, k]."""
-        from ..engine.influence import flat
-        from ..engine.project import subsampled_hadamard
-
+    def features(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """phi, "all" -> [example, k]."""
         rows = flat({n: gradients[n] for n in self.layers})
-        return subsampled_hadamard(rows, self.settings.size, "d_trak", self.settings.seed)
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"features": self.codec.encode({"all": self.features(gradients)})}
-
-    def finish(self, shelf: Shelf) -> None:
-        """(Phi' Phi + lambda I)^-1."""
-        import torch
-
-        from ..engine.curvature import Moments
-
-        moments = Moments()
-        for _, codes in shelf.blocks("features", rows=4096):
-            moments.add(self.codec.decode(codes))
-        values, vectors = moments.eigen()["all"]
-        given = self.settings.damping
-        mean = float(values.sum()) / min(len(values), moments.seen)
-        self.damping = moments.damping()["all"] if given is None else given * mean
-        # Moments are means over the examples, Phi' Phi is a sum. What is never seen and not damped counts nothing.
-        scale = moments.seen * (values + self.damping)
-        inverse = torch.where(scale > 1e-12 * scale[0], 1 / scale, torch.zeros_like(scale))
-        self.inverse = (vectors * inverse @ vectors.T).float()
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        import numpy as np
-
-        return {} if self.inverse is None else {"inverse": self.inverse.numpy(), "damping": np.array(self.damping)}
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        import torch
-
-        if "inverse" in tensors:
-            self.inverse, self.damping = torch.from_numpy(tensors["inverse"].copy()), float(tensors["damping"])
-
-    def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """phi(q)' (Phi' Phi + lambda I)^-1."""
-        return {"all": self.features(gradients) @ self.inverse}
-
-    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.codec.score(prepared, codes["features"])
+        return {"all": subsampled_hadamard(rows, self.settings.size, "d_trak", self.settings.seed)}

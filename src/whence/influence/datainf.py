@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..engine.codes import Numbers
+from ..engine.curvature import truncated
+from ..engine.schemes import Rows
 from ..errors import RunError
 from ..method import Card
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from ..engine.influence import Fitted, Shelf
@@ -83,30 +84,13 @@ class DataInf:
         return _Scheme(shapes, self)
 
 
-class _Scheme:
-    sample = 0
-
+class _Scheme(Rows):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: DataInf) -> None:
-        from ..engine.codes import Numbers
-
-        self.shapes, self.settings, self.codec = dict(shapes), settings, Numbers(dict(shapes), "float16")
-        self.damping: dict[str, float] = {}
-        self.spaces: dict[str, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"gradients": self.codec.stride}
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is wanted of a sample."""
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"gradients": self.codec.encode(gradients)}
+        super().__init__(Numbers(dict(shapes), "float16"))
+        self.shapes, self.settings = dict(shapes), settings
 
     def finish(self, shelf: Shelf) -> None:
         """lambda and C of each layer, of the rows as they are kept."""
-        from ..engine.curvature import truncated
-
         n, squares = 0, dict.fromkeys(self.shapes, 0.0)
         for part in self._parts(shelf):
             n += len(next(iter(part.values())))
@@ -114,7 +98,7 @@ class _Scheme:
                 squares[name] += float(g.double().square().sum())
         for name, (out, inp) in self.shapes.items():
             d = out * inp
-            damping = self.damping[name] = self.settings.damping * squares[name] / n / d
+            damping = self.settings.damping * squares[name] / n / d
 
             def rows(name: str = name, damping: float = damping) -> Iterator[Tensor]:
                 # C is the second moment of these.
@@ -123,39 +107,19 @@ class _Scheme:
                     yield g / (n * (damping + g.square().sum(1, keepdim=True))).clamp_min(1e-300).sqrt()
 
             basis, s = truncated(rows, d, min(self.settings.singular, d), (self.settings.seed, name))
-            self.spaces[name] = basis, s.square()
+            self.keep(name, basis=basis, c=s.square(), damping=damping)
 
     def _parts(self, shelf: Shelf) -> Iterator[Mapping[str, Tensor]]:
         """All rows, some 32 million numbers at a time."""
         for _, codes in shelf.blocks("gradients", rows=max(1, 2**26 // self.codec.stride)):
             yield self.codec.decode(codes)
 
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        import numpy as np
-
-        found: dict[str, NDArray[Any]] = {}
-        for name, (basis, c) in self.spaces.items():
-            found[f"basis/{name}"], found[f"c/{name}"] = basis.numpy(), c.numpy()
-            found[f"damping/{name}"] = np.array(self.damping[name])
-        return found
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        import torch
-
-        for name in self.shapes:
-            if f"basis/{name}" in tensors:
-                pair = [torch.from_numpy(tensors[f"{kind}/{name}"].copy()) for kind in ("basis", "c")]
-                self.spaces[name], self.damping[name] = (pair[0], pair[1]), float(tensors[f"damping/{name}"])
-
     def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(I - C) g_q / lambda of each layer; nothing for a layer that no example moves."""
-        found = {}
+        found, dampings = {}, self.damping
         for name, g in gradients.items():
-            (basis, c), damping = self.spaces[name], self.damping[name]
+            basis, c, damping = self.learned[f"basis/{name}"], self.learned[f"c/{name}"], dampings[name]
             row = g.detach().flatten(1).float().cpu()
             left = row - row @ basis * c @ basis.T
             found[name] = (left / damping if damping else left * 0).view(g.shape)
         return found
-
-    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.codec.score(prepared, codes["gradients"])

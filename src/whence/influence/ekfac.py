@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RunError
 from ..method import Card
 
 if TYPE_CHECKING:
@@ -86,24 +85,12 @@ class FittedEKFAC:
 
     def scores(self, queries: Sequence[Any], numbers: Sequence[int] | None = None) -> NDArray[np.float32]:
         """score[query, example] of all examples, or of those of these ``numbers``."""
-        import numpy as np
-
-        from ..engine.influence import BATCH, Skipped, finite, flat
+        from ..engine.influence import exact_scores
         from ..engine.progress import progress
 
-        wrong = Skipped()
-        asked = flat(self.curvature.inverse(finite(self.bank.gradients(list(queries)), 0, wrong)))
-        if wrong.numbers:
-            raise RunError(f"the query {wrong.numbers[0]}", "its gradient is not finite", "a query with a finite loss")
-        chosen = range(len(self.examples)) if numbers is None else numbers
-        found = []
+        chosen = self.examples if numbers is None else [self.examples[int(i)] for i in numbers]
         with progress("exact scores", total=len(chosen), unit="examples") as advance:
-            for at in range(0, len(chosen), BATCH):
-                part = [self.examples[int(i)] for i in chosen[at : at + BATCH]]
-                rows = flat(finite(self.bank.gradients(part), at, Skipped()))
-                found.append((asked @ rows.T).numpy())
-                advance(len(part))
-        return np.concatenate(found, 1)
+            return exact_scores(self.curvature, queries, chosen, advance)
 
     def explain(self, query: Any) -> Explanation:
         """Scores of all examples for one query."""

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..engine.curvature import Moments
+from ..engine.schemes import Rows
 from ..errors import RunError
 from ..method import Card
 
@@ -89,32 +91,26 @@ TURN = 1024
 """Coordinates that are rotated together."""
 
 
-class _Scheme:
+class _Scheme(Rows):
+    plane = "bits"
+
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: EOGP) -> None:
+        super().__init__(None)  # how wide its rows are is learned
         self.shapes, self.settings = dict(shapes), settings
         self.sample = settings.sample
-        self.bases: dict[str, Tensor] = {}
-        self.damping: dict[str, float] = {}
-        self.codec: Any = None
-
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"bits": self.codec.stride}
 
     def learn(self, gradients: Mapping[str, Tensor]) -> None:
         """Bases, dampings, and which coordinates get a bit."""
         import torch
 
-        from ..engine.curvature import Moments
-
         moments = Moments()
         moments.add(gradients)
         eigen = moments.eigen()
         if self.settings.damping is None:
-            self.damping = moments.damping()
+            damping = moments.damping()
         else:
-            self.damping = {name: self.settings.damping * float(s.mean()) for name, (s, _) in eigen.items()}
-        weights = {name: (s / (s + self.damping[name] + 1e-30)) ** 2 for name, (s, _) in eigen.items()}
+            damping = {name: self.settings.damping * float(s.mean()) for name, (s, _) in eigen.items()}
+        weights = {name: (s / (s + damping[name] + 1e-30)) ** 2 for name, (s, _) in eigen.items()}
         everything = torch.cat(list(weights.values()))
         bits = min(self.settings.bits, int((everything > 0).sum()))
         if not bits:
@@ -122,8 +118,8 @@ class _Scheme:
         floor = everything.sort(descending=True).values[bits - 1]
         for name, (s, q) in eigen.items():
             kept = int((weights[name] >= floor).sum())
-            scale = (s[:kept] + self.damping[name] + 1e-30).rsqrt()
-            self.bases[name] = (q[:, :kept] * scale).float().contiguous()
+            scale = (s[:kept] + damping[name] + 1e-30).rsqrt()
+            self.keep(name, basis=(q[:, :kept] * scale).float(), damping=damping[name])
         self._open()
 
     def _open(self) -> None:
@@ -133,7 +129,7 @@ class _Scheme:
         from ..engine.codes import Signs
         from ..engine.randomness import torch_stream
 
-        width = sum(b.shape[1] for b in self.bases.values())
+        width = sum(b.shape[1] for k, b in self.learned.items() if k.startswith("basis/"))
         self.codec = Signs({"all": (width,)})
         g = torch_stream("rotation", self.settings.seed, width)
         # Layers are mixed first, then turned in blocks: a whole rotation of many coordinates would not fit.
@@ -141,41 +137,25 @@ class _Scheme:
         sizes = [min(TURN, width - at) for at in range(0, width, TURN)]
         self.turns = [torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0].float() for n in sizes]
 
-    def whitened(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """x, turned: [example, coordinate]."""
+    def features(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """x, turned: "all" -> [example, coordinate]."""
         import torch
 
-        x = torch.cat([gradients[n].detach().flatten(1).float().cpu() @ self.bases[n] for n in self.shapes], 1)
+        bases = {n: self.learned[f"basis/{n}"] for n in self.shapes}
+        x = torch.cat([gradients[n].detach().flatten(1).float().cpu() @ b for n, b in bases.items()], 1)
         parts = torch.split(x[:, self.order], TURN, 1)
-        return torch.cat([p @ turn for p, turn in zip(parts, self.turns, strict=True)], 1)
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"bits": self.codec.encode({"all": self.whitened(gradients)})}
-
-    def finish(self, shelf: Shelf) -> None:
-        """All was learned from the sample."""
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        import numpy as np
-
-        found: dict[str, NDArray[Any]] = {f"basis/{name}": b.numpy() for name, b in self.bases.items()}
-        return found | {f"damping/{name}": np.array(d) for name, d in self.damping.items()}
+        return {"all": torch.cat([p @ turn for p, turn in zip(parts, self.turns, strict=True)], 1)}
 
     def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        import torch
-
-        for name in self.shapes:
-            if f"basis/{name}" in tensors:
-                self.bases[name] = torch.from_numpy(tensors[f"basis/{name}"].copy())
-                self.damping[name] = float(tensors[f"damping/{name}"])
-        if self.bases:
+        super().restore(tensors)
+        if self.learned:
             self._open()
 
     def prepare(self, gradients: Mapping[str, Tensor]) -> Scan:
         """The query's half-whitened coordinates, as tables of a scan."""
         from ..engine.scan import Scan
 
-        return Scan(self.codec, {"all": self.whitened(gradients)})
+        return Scan(self.codec, self.features(gradients))
 
     def score(self, prepared: Scan, codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
         return prepared.scores(codes["bits"])

@@ -9,17 +9,12 @@ honest baseline of everything with a curvature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..method import Card
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
     from ..engine.influence import Fitted, Shelf
     from ..objective import Examples, Objective
 
@@ -57,40 +52,11 @@ class GradDot:
 
     def fit(self, objective: Objective, examples: Examples, shelf: Shelf | None = None) -> Fitted:
         """One pass over the examples. Raises RunError, MethodError."""
-        from ..engine.influence import fit
-
-        return fit(self, CARD.name, _Scheme, objective, examples, shelf, self.size, "random", self.layers, self.seed)
-
-
-class _Scheme:
-    sample = 0
-
-    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         from ..engine.codes import Numbers
+        from ..engine.influence import fit
+        from ..engine.schemes import Rows
 
-        self.codec = Numbers(dict(shapes), "float16")
-
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"gradients": self.codec.stride}
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is learned."""
-
-    def finish(self, shelf: Shelf) -> None:
-        """Nothing is learned."""
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        return {}
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Nothing was learned."""
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"gradients": self.codec.encode(gradients)}
-
-    def prepare(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return gradients
-
-    def score(self, prepared: Mapping[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.codec.score(prepared, codes["gradients"])
+        return fit(
+            self, CARD.name, lambda shapes: Rows(Numbers(shapes, "float16")), objective, examples, shelf, self.size,
+            "random", self.layers, self.seed,
+        )  # fmt: skip

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..engine.codes import Numbers
+from ..engine.schemes import Rows
 from ..errors import RunError
 from ..method import Card
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from ..engine.influence import Fitted, Shelf
@@ -79,65 +79,24 @@ class LoGRA:
         return _Scheme(shapes, self)
 
 
-class _Scheme:
-    sample = 0
-
+class _Scheme(Rows):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: LoGRA) -> None:
-        from ..engine.codes import Numbers
-
-        self.settings, self.codec = settings, Numbers(dict(shapes), settings.keep)
-        self.eigen: dict[str, tuple[Tensor, Tensor]] = {}
-        self.damping: dict[str, float] = {}
-
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"gradients": self.codec.stride}
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is wanted of a sample."""
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"gradients": self.codec.encode(gradients)}
+        super().__init__(Numbers(dict(shapes), settings.keep))
+        self.settings = settings
 
     def finish(self, shelf: Shelf) -> None:
         """F of each layer, of the rows as they are kept."""
-        from ..engine.curvature import Moments
-
-        moments = Moments()
-        for _, codes in shelf.blocks("gradients", rows=4096):
-            moments.add(self.codec.decode(codes))
-        self.eigen = {name: (v.float(), q.float()) for name, (v, q) in moments.eigen().items()}
-        chosen = moments.damping() if self.settings.damping is None else {}
-        self.damping = {
-            name: chosen[name] if chosen else float(self.settings.damping or 0) * float(v.mean())
-            for name, (v, _) in self.eigen.items()
-        }
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        import numpy as np
-
-        found: dict[str, NDArray[Any]] = {}
-        for name, (values, vectors) in self.eigen.items():
-            found[f"values/{name}"], found[f"vectors/{name}"] = values.numpy(), vectors.numpy()
-            found[f"damping/{name}"] = np.array(self.damping[name])
-        return found
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        import torch
-
-        for name in self.codec.shapes:
-            if f"values/{name}" in tensors:
-                pair = [torch.from_numpy(tensors[f"{kind}/{name}"].copy()) for kind in ("values", "vectors")]
-                self.eigen[name], self.damping[name] = (pair[0], pair[1]), float(tensors[f"damping/{name}"])
+        moments, given = self.moments(shelf), self.settings.damping
+        chosen = moments.damping() if given is None else {}
+        for name, (values, vectors) in moments.eigen().items():
+            damping = chosen[name] if given is None else given * float(values.float().mean())
+            self.keep(name, values=values.float(), vectors=vectors.float(), damping=damping)
 
     def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(F + lambda I)^-1 of the query's gradient."""
-        found = {}
+        found, damping = {}, self.damping
         for name, g in gradients.items():
-            values, vectors = self.eigen[name]
+            values, vectors = self.learned[f"values/{name}"], self.learned[f"vectors/{name}"]
             inner = g.detach().flatten(1).float().cpu() @ vectors
-            found[name] = (inner / (values + max(self.damping[name], 1e-30)) @ vectors.T).view(g.shape)
+            found[name] = (inner / (values + max(damping[name], 1e-30)) @ vectors.T).view(g.shape)
         return found
-
-    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.codec.score(prepared, codes["gradients"])

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..engine.codes import Factors
+from ..engine.curvature import truncated
+from ..engine.schemes import Rows
 from ..errors import RunError
 from ..method import Card
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from ..engine.influence import Fitted, Shelf
@@ -85,31 +86,15 @@ class LoRIF:
         return _Scheme(shapes, self)
 
 
-class _Scheme:
-    sample = 0
+class _Scheme(Rows):
+    plane = "factors"
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: LoRIF) -> None:
-        from ..engine.codes import Factors
-
+        super().__init__(Factors(dict(shapes), settings.rank))
         self.shapes, self.settings = dict(shapes), settings
-        self.codec = Factors(dict(shapes), settings.rank)
-        self.spaces: dict[str, tuple[Tensor, Tensor]] = {}
-        self.damping: dict[str, float] = {}
-
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"factors": self.codec.stride}
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is wanted of a sample."""
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"factors": self.codec.encode(gradients)}
 
     def finish(self, shelf: Shelf) -> None:
         """V_r and s of each layer's reconstructed rows."""
-        from ..engine.curvature import truncated
-
         for name, (out, inp) in self.shapes.items():
 
             def rows(name: str = name) -> Iterator[Tensor]:
@@ -122,34 +107,17 @@ class _Scheme:
             total = sum(float(x.pow(2).sum()) for x in rows())
             given = self.settings.damping
             if given == "paper":
-                self.damping[name] = 0.1 * float((s**2).mean())
+                damping = 0.1 * float((s**2).mean())
             else:
-                self.damping[name] = (0.5 if isinstance(given, str) else given) * total / (out * inp)
-            self.spaces[name] = (basis[:, :r].contiguous(), s[:r].contiguous())
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        import numpy as np
-
-        found: dict[str, NDArray[Any]] = {}
-        for name, (basis, s) in self.spaces.items():
-            found[f"basis/{name}"], found[f"s/{name}"] = basis.numpy(), s.numpy()
-            found[f"damping/{name}"] = np.array(self.damping[name])
-        return found
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        import torch
-
-        for name in self.shapes:
-            if f"basis/{name}" in tensors:
-                pair = [torch.from_numpy(tensors[f"{kind}/{name}"].copy()) for kind in ("basis", "s")]
-                self.spaces[name], self.damping[name] = (pair[0], pair[1]), float(tensors[f"damping/{name}"])
+                damping = (0.5 if isinstance(given, str) else given) * total / (out * inp)
+            self.keep(name, basis=basis[:, :r], s=s[:r], damping=damping)
 
     def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """M_q of each layer, [query, out, in]."""
-        found = {}
+        found, dampings = {}, self.damping
         for name, g in gradients.items():
-            basis, s = self.spaces[name]
-            damping = max(self.damping[name], 1e-30)
+            basis, s = self.learned[f"basis/{name}"], self.learned[f"s/{name}"]
+            damping = max(dampings[name], 1e-30)
             row = g.detach().flatten(1).float().cpu()
             inside = row @ basis
             # Written as the part outside the space and the part inside: s^2/(lambda + s^2) rounds to 1.
@@ -157,9 +125,6 @@ class _Scheme:
             whole = outside / damping + inside / (damping + s**2) @ basis.T
             found[name] = whole.view(-1, *self.shapes[name])
         return found
-
-    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.codec.score(prepared, codes["factors"])
 
 
 def energy(g: Tensor, ranks: tuple[int, ...] = (1, 2, 4, 8)) -> dict[int, float]:

@@ -16,13 +16,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..engine.codes import Numbers
 from ..engine.influence import Fitted
+from ..engine.schemes import Rows
 from ..errors import MethodError, RunError
 from ..method import Card
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from ..engine.influence import Shelf
@@ -74,7 +74,7 @@ class Nearest:
         shelf = Memory() if shelf is None else shelf
         reader: Any = _Reader(objective, self.layer, self.embed)
         width = reader.gradients([examples[0]])["embedding"].shape[1]
-        scheme = _Scheme(width)
+        scheme = _Scheme(Numbers({"embedding": (width,)}, "float16"))
         skipped = build(scheme, reader, examples, shelf, what="embeddings").numbers
         notes = []
         if skipped:
@@ -174,38 +174,11 @@ def _mean(module: nn.Module, x: Tensor) -> Tensor:
     return x.cpu()
 
 
-class _Scheme:
-    sample = 0
+class _Scheme(Rows):
+    plane = "embedding"
 
-    def __init__(self, width: int) -> None:
-        from ..engine.codes import Numbers
-
-        self.codec = Numbers({"embedding": (width,)}, "float16")
-
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"embedding": self.codec.stride}
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is learned."""
-
-    def finish(self, shelf: Shelf) -> None:
-        """Nothing is learned."""
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        return {}
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Nothing was learned."""
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"embedding": self.codec.encode(self.prepare(gradients))}
-
-    def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def features(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """h, of length 1."""
         from torch.nn.functional import normalize
 
         return {"embedding": normalize(gradients["embedding"][..., 0].double(), dim=1).float()}
-
-    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.codec.score(prepared, codes["embedding"])

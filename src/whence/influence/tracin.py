@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..engine.codes import Numbers
+from ..engine.schemes import Rows
+from ..engine.together import Together
 from ..errors import RunError
 from ..method import Card
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.influence import Fitted, Shelf
-    from ..objective import Examples, Losses, Objective
+    from ..objective import Examples, Objective
 
 CARD = Card(
     name="tracin",
@@ -74,9 +77,10 @@ class TracIn:
                 "one rate for each objective, of one or more",
             )  # fmt: skip
         layers = self.layers and tuple(f"{t}.{p}" for t in range(len(rates)) for p in self.layers)
+        whole = Together(checkpoints, "TracIn of checkpoints")
         return fit(
-            self, CARD.name, lambda shapes: _Scheme(shapes, rates), _along(checkpoints), examples, shelf,
-            self.size, "random", layers, self.seed,
+            self, CARD.name, lambda shapes: _Scheme(shapes, rates), whole, examples, shelf, self.size, "random", layers,
+            self.seed,
         )  # fmt: skip
 
 
@@ -92,70 +96,15 @@ def self_influence(fitted: Fitted) -> NDArray[np.float32]:
     return np.concatenate(found)
 
 
-def _along(checkpoints: tuple[Objective, ...]) -> Objective:
-    """All checkpoints as one objective, whose loss is the sum of theirs: no weight belongs to two of them, so each
-    weight's gradient is that of its own checkpoint's loss."""
-    from torch import nn
-
-    from ..objective import Losses
-
-    if len({id(c.module) for c in checkpoints}) < len(checkpoints):
-        raise RunError("several checkpoints", "two share one network", "a network of its own for each")
-
-    class Along:
-        name = checkpoints[-1].name
-        module = nn.ModuleList([c.module for c in checkpoints])
-
-        def losses(self, examples: Sequence[Any]) -> Losses:
-            return total([c.losses(examples) for c in checkpoints])
-
-        def sampled(self, examples: Sequence[Any], seed: int) -> Losses:
-            return total([c.sampled(examples, seed) for c in checkpoints])
-
-        def fingerprint(self) -> str:
-            return "-".join(c.fingerprint() for c in checkpoints)
-
-    def total(found: list[Losses]) -> Losses:
-        first = found[0]
-        return Losses(sum((f.values for f in found[1:]), first.values), first.owner, first.stage, first.nodes)
-
-    return Along()
-
-
-class _Scheme:
-    sample = 0
-
+class _Scheme(Rows):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], rates: tuple[float, ...]) -> None:
-        from ..engine.codes import Numbers
-
-        self.rates, self.codec = rates, Numbers(dict(shapes), "float16")
+        super().__init__(Numbers(dict(shapes), "float16"))
+        self.rates = rates
 
     def rate(self, layer: str) -> float:
         """The learning rate of a layer's checkpoint, whose number its name begins with."""
         return self.rates[int(layer.split(".")[0])]
 
-    @property
-    def planes(self) -> dict[str, int]:
-        return {"gradients": self.codec.stride}
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is learned."""
-
-    def finish(self, shelf: Shelf) -> None:
-        """Nothing is learned."""
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        return {}
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Nothing was learned."""
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {"gradients": self.codec.encode(gradients)}
-
     def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The query's gradients, each times its checkpoint's rate."""
         return {name: g * self.rate(name) for name, g in gradients.items()}
-
-    def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self.codec.score(prepared, codes["gradients"])

@@ -18,6 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..engine.influence import flat
+from ..engine.project import subsampled_hadamard
+from ..engine.schemes import Kernel
+from ..engine.together import Together, total
 from ..errors import RunError
 from ..method import Card
 
@@ -61,10 +65,6 @@ CARD = Card(
 )
 
 
-LARGEST = 8192
-"""Numbers of a feature; the kernel has as many each way."""
-
-
 @dataclass(frozen=True)
 class TRAK:
     """``size``: k, numbers that the whole gradient is projected to; None: it stays whole. ``damping``: lambda as a
@@ -84,8 +84,6 @@ class TRAK:
         from ..engine.influence import fit
 
         models = tuple(objective) if isinstance(objective, Sequence) else (objective,)
-        if not models or len({id(m.module) for m in models}) < len(models):
-            raise RunError(f"TRAK of {len(models)} models", "there is none, or two share one network", "one for each")
         if self.size is not None and self.size < 1:
             raise RunError(f"features of {self.size} numbers", "nothing would be kept", "1 or more, or None")
         layers = self.layers and tuple(f"models.{m}.{p}" for m in range(len(models)) for p in self.layers)
@@ -96,56 +94,39 @@ class TRAK:
         )  # fmt: skip
 
 
-class _Outputs:
-    """The output functions of all models as one objective, their sum: no weight belongs to two models, so each one's
-    gradient is its own. An example's 1 - p travels as the gradient of a weight that is made for nothing else."""
+class _Outputs(Together):
+    """The output functions of all models as one objective. An example's 1 - p travels as the gradient of a weight that
+    is made for nothing else."""
 
     def __init__(self, models: tuple[Objective, ...]) -> None:
         from torch import nn
 
         from ..models.objectives import ClassifierObjective, MarginObjective
 
-        self.models = [MarginObjective(m.module, m.name) if type(m) is ClassifierObjective else m for m in models]
-        self.name = models[0].name
+        given = [MarginObjective(m.module, m.name) if type(m) is ClassifierObjective else m for m in models]
+        super().__init__(given, "TRAK of models")
         self.carriers: dict[int, nn.Module] = {}
-        for i, model in enumerate(self.models):
+        for i, model in enumerate(given):
             if isinstance(model, MarginObjective):
                 like = next(model.module.parameters())
                 # Made on no device first: nothing is drawn from the global generator.
                 carrier = nn.Linear(1, 1, bias=False, device="meta", dtype=like.dtype).to_empty(device=like.device)
                 nn.init.zeros_(carrier.weight)
                 self.carriers[i] = carrier
-        every = {"models": nn.ModuleList([m.module for m in models])}
         weights = nn.ModuleDict({str(i): carrier for i, carrier in self.carriers.items()})
-        self.module: nn.Module = nn.ModuleDict({**every, "weights": weights})
+        self.module = nn.ModuleDict({"models": self.module, "weights": weights})
 
     def losses(self, examples: Sequence[Any]) -> Losses:
-        found = [model.losses(examples) for model in self.models]
+        found = [model.losses(examples) for model in self.objectives]
         values = [f.values for f in found]
         for i, carrier in self.carriers.items():
             q = values[i].detach().sigmoid()  # the value is -f, and 1 - p = 1 / (1 + e^f)
             values[i] = values[i] + q * carrier(q.new_ones(len(q), 1))[:, 0]
-        return self._sum(found, values)
-
-    def sampled(self, examples: Sequence[Any], seed: int) -> Losses:
-        found = [model.sampled(examples, seed) for model in self.models]
-        return self._sum(found, [f.values for f in found])
-
-    def _sum(self, found: list[Losses], values: list[Tensor]) -> Losses:
-        from ..objective import Losses
-
-        return Losses(sum(values[1:], values[0]), found[0].owner, found[0].stage, found[0].nodes)
-
-    def fingerprint(self) -> str:
-        return "-".join(model.fingerprint() for model in self.models)
+        return total(found, values)
 
 
-class _Scheme:
-    sample = 0
-
+class _Scheme(Kernel):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], settings: TRAK) -> None:
-        from ..engine.codes import Numbers
-
         self.settings = settings
         self.layers: dict[str, list[str]] = {}
         for name in sorted(shapes):  # the projection hangs on the order
@@ -154,26 +135,14 @@ class _Scheme:
                 self.layers.setdefault(m, []).append(name)
         self.weighted = [m for m in self.layers if f"weights.{m}" in shapes]
         whole = {m: sum(shapes[n][0] * shapes[n][1] for n in names) for m, names in self.layers.items()}
-        widths = {m: min(w, settings.size or w) for m, w in whole.items()}
-        if max(widths.values()) > LARGEST:
-            found = f"{max(widths.values()):,} numbers, and a kernel of as many each way"
-            raise RunError("features of this size", found, f"size= of {LARGEST:,} or less")
-        self.codec = Numbers({m: (k,) for m, k in widths.items()}, "float16")
-        self.inverse: dict[str, Tensor] = {}
-        self.damping: dict[str, float] = {}
+        super().__init__({m: min(w, settings.size or w) for m, w in whole.items()}, settings.damping)
 
     @property
     def planes(self) -> dict[str, int]:
-        return {"features": self.codec.stride} | ({"weights": 4 * len(self.weighted)} if self.weighted else {})
-
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        """Nothing is wanted of a sample."""
+        return super().planes | ({"weights": 4 * len(self.weighted)} if self.weighted else {})
 
     def features(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """phi of each model, [example, k]."""
-        from ..engine.influence import flat
-        from ..engine.project import subsampled_hadamard
-
         s = self.settings
         return {
             m: subsampled_hadamard(flat({n: gradients[n] for n in names}), s.size, "trak", s.seed, m)
@@ -183,55 +152,16 @@ class _Scheme:
     def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
         import numpy as np
 
-        from ..engine.influence import flat
-
-        found = {"features": self.codec.encode(self.features(gradients))}
+        found = super().encode(gradients)
         if self.weighted:
             weights = flat({m: gradients[f"weights.{m}"] for m in self.weighted})
             found["weights"] = np.ascontiguousarray(weights.numpy()).view(np.uint8)
         return found
 
-    def finish(self, shelf: Shelf) -> None:
-        """(Phi' Phi + lambda I)^-1 of each model."""
-        import torch
-
-        from ..engine.curvature import Moments
-
-        moments = Moments()
-        for _, codes in shelf.blocks("features", rows=4096):
-            moments.add(self.codec.decode(codes))
-        given = self.settings.damping
-        chosen = moments.damping() if given is None else {}
-        for m, (values, vectors) in moments.eigen().items():
-            mean = float(values.sum()) / min(len(values), moments.seen)
-            self.damping[m] = chosen[m] if given is None else given * mean
-            # Moments are means over the examples, Phi' Phi is a sum. What is never seen and not damped counts nothing.
-            scale = moments.seen * (values + self.damping[m])
-            inverse = torch.where(scale > 1e-12 * scale[0], 1 / scale, torch.zeros_like(scale))
-            self.inverse[m] = (vectors * inverse @ vectors.T).float()
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        import numpy as np
-
-        found: dict[str, NDArray[Any]] = {f"inverse/{m}": x.numpy() for m, x in self.inverse.items()}
-        return found | {f"damping/{m}": np.array(x) for m, x in self.damping.items()}
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        import torch
-
-        for m in self.layers:
-            if f"inverse/{m}" in tensors:
-                self.inverse[m] = torch.from_numpy(tensors[f"inverse/{m}"].copy())
-                self.damping[m] = float(tensors[f"damping/{m}"])
-
-    def prepare(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """phi(q)' (Phi' Phi + lambda I)^-1 of each model, divided by their number."""
-        return {m: phi @ self.inverse[m] / len(self.layers) for m, phi in self.features(gradients).items()}
-
     def score(self, prepared: dict[str, Tensor], codes: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
         import numpy as np
 
-        found = self.codec.score(prepared, codes["features"])
+        found = super().score(prepared, codes)
         if self.weighted:
             # A model without a weight of its own has Q = 1.
             weights = np.ascontiguousarray(codes["weights"]).view(np.float32).sum(1)

@@ -23,7 +23,7 @@ from ..engine.stages import LEAST, Found, once_more
 from ..errors import RunError
 
 if TYPE_CHECKING:
-    from .ray_workers import Workers
+    from ..engine.crew import Workers
     from .training_index import TrainingIndex
 
 

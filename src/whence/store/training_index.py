@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,10 @@ from ..engine.influence import (
     Skipped,
     bank_of,
     batches,
+    exact_scores,
     finite,
-    flat,
+    gradients_of,
+    learn,
     projection_of,
     sound,
     spread,
@@ -52,8 +54,8 @@ from .places import place_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ..engine.crew import Workers
     from ..objective import Examples, Objective
-    from .ray_workers import Workers
 
 FORMS = "auto, bits, bits:N, int8, lorif:C"
 SECONDS, MOST_EXACT = 10.0, 256
@@ -260,10 +262,10 @@ def build(
             exact = _exact(bank, examples)
             shelf.keep(_as_tensors(judged(bank, examples, form, exact)) | _of_exact(exact, bank))
         if workers is not None:
-            _learn(scheme, bank, examples, shelf, batch)
+            learn(scheme, bank, examples, shelf, batch)
             ray_workers.fill(shelf.begin(scheme.planes), str(place), bank, workers, batch)
         elif shelf.index is not None:
-            _learn(scheme, bank, examples, shelf, batch)
+            learn(scheme, bank, examples, shelf, batch)
             _close_gaps(scheme, bank, examples, shelf.index, str(place), batch)
         # What is left to do: rows, if there are, and what needs all of them.
         skipped = run(scheme, bank, examples, shelf, batch, "index")
@@ -322,18 +324,6 @@ def _per_shard(n: int, batch: int, workers: Workers | None) -> int:
     several."""
     most = min(SHARD, -(-n // (8 * (workers.count or 8)))) if workers else SHARD
     return batch * max(1, most // batch)
-
-
-def _learn(scheme: Scheme, bank: GradientBank, examples: Examples, shelf: _Shelf, batch: int) -> None:
-    """What a scheme wants to see before any row is made, or what was kept of it."""
-    kept = {k.removeprefix("learned/"): shelf.tensors[k] for k in shelf.tensors if k.startswith("learned/")}
-    if kept:
-        scheme.restore(kept)
-    elif scheme.sample:
-        chosen = spread(examples, scheme.sample)
-        with progress("a sample", total=len(chosen), unit="examples") as advance:
-            scheme.learn(_all(bank, chosen, batch, advance))
-        shelf.keep({f"learned/{k}": v for k, v in scheme.tensors().items()})
 
 
 def _close_gaps(scheme: Scheme, bank: GradientBank, examples: Examples, index: Index, place: str, batch: int) -> None:
@@ -407,10 +397,8 @@ def judged(bank: GradientBank, examples: Examples, form: Form, curvature: Kronec
         return []
     whole = curvature.bank
     names = {layer.name for layer in whole.layers}
-    lists = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
     queries = chosen[:: max(len(chosen) // ASKED, 1)][:ASKED]
-    asked = flat(curvature.inverse(finite(whole.gradients(queries), 0, Skipped())))
-    true = np.concatenate([(asked @ flat(finite(whole.gradients(x), 0, Skipped())).T).numpy() for x in lists], 1)
+    true = exact_scores(curvature, queries, chosen)
     own = [next(i for i, c in enumerate(chosen) if c is q) for q in queries]
     forms = (("bits", n) for n in (256, 1024, 4096)) if form.init == "pca" else ()
     tried = {f"{kind}:{n}": replace(form, name=kind, bits=n) for kind, n in forms}
@@ -418,8 +406,8 @@ def judged(bank: GradientBank, examples: Examples, form: Form, curvature: Kronec
         tried["int8"] = replace(form, name="int8")
     tried[f"bits:{form.bits}" if form.name == "bits" else form.name] = form
     shapes = {name: shape for name, shape in bank.shapes.items() if name in names}
-    gradients = {name: g for name, g in _all(bank, chosen).items() if name in names}
-    of_queries = {name: g for name, g in _all(bank, queries).items() if name in names}
+    gradients = {name: g for name, g in gradients_of(bank, chosen)[0].items() if name in names}
+    of_queries = {name: g for name, g in gradients_of(bank, queries)[0].items() if name in names}
     found = []
     for name, one in tried.items():
         shelf, scheme = Memory(), one.scheme(shapes)
@@ -486,18 +474,6 @@ def _some_layers(bank: GradientBank) -> tuple[str, ...]:
         if sum(x.parameters for x in chosen) <= JUDGED_WEIGHTS:
             return tuple(x.name for x in chosen)
     return (min(bank.layers, key=lambda x: x.parameters).name,)
-
-
-def _all(
-    bank: GradientBank, examples: list[Any], batch: int = BATCH, advance: Callable[[int], None] | None = None
-) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {}
-    for at in range(0, len(examples), batch):
-        for name, g in finite(bank.gradients(examples[at : at + batch]), 0, Skipped()).items():
-            parts.setdefault(name, []).append(g.cpu())
-        if advance is not None:
-            advance(len(examples[at : at + batch]))
-    return {name: torch.cat(gs) for name, gs in parts.items()}
 
 
 def _as_tensors(found: list[Judged]) -> dict[str, NDArray[Any]]:
