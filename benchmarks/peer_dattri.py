@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer_turns import Works, loaded, serve
+from benchmarks.peer_turns import Works, lay_straight, loaded, serve
 
 BATCH = 50
 
@@ -21,9 +21,7 @@ def make(folder: str) -> Works:
     import torch
     from dattri.algorithm.logra import LoGraAttributor
     from dattri.task import AttributionTask
-    from torch import nn
     from torch.utils.data import DataLoader
-    from transformers.pytorch_utils import Conv1D
 
     folder = str(Path(folder).resolve())
     os.chdir(folder)  # it keeps the sizes of its batches in a file where it stands, and would take another model's
@@ -31,12 +29,7 @@ def make(folder: str) -> Works:
     model, _, task = loaded(folder)
     model.requires_grad_(True)
     model.config.use_cache = False
-    for name in task["layers"]:
-        parent, _, last = name.rpartition(".")
-        lying: Conv1D = model.get_submodule(name)
-        layer = nn.Linear(*lying.weight.shape)
-        layer.weight.data, layer.bias.data = lying.weight.data.T.contiguous(), lying.bias.data
-        setattr(model.get_submodule(parent), last, layer)
+    lay_straight(model, task["layers"])
 
     def texts(name: str) -> Any:
         rows = torch.from_numpy(np.load(Path(folder) / f"{name}.npy"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer_turns import Works, loaded, serve
+from benchmarks.peer_turns import Works, lay_straight, loaded, serve
 
 BATCH = 100
 
@@ -22,19 +22,12 @@ def make(folder: str) -> Works:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
-    from torch import nn
     from torch.nn import functional
     from torch.utils.data import Dataset
-    from transformers.pytorch_utils import Conv1D
 
     model, _, task = loaded(folder)
     model.requires_grad_(True)
-    for name in task["layers"]:
-        parent, _, last = name.rpartition(".")
-        lying: Conv1D = model.get_submodule(name)
-        layer = nn.Linear(*lying.weight.shape)
-        layer.weight.data, layer.bias.data = lying.weight.data.T.contiguous(), lying.bias.data
-        setattr(model.get_submodule(parent), last, layer)
+    lay_straight(model, task["layers"])
 
     class Texts(Dataset):  # type: ignore[type-arg]
         def __init__(self, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer_turns import Works, loaded, serve
+from benchmarks.peer_turns import Works, lay_straight, loaded, serve
 
 BATCH = 50
 
@@ -21,20 +21,13 @@ BATCH = 50
 def make(folder: str) -> Works:
     import torch
     from logix import LogIX, LogIXScheduler
-    from torch import nn
     from torch.nn import functional
-    from transformers.pytorch_utils import Conv1D
 
     folder = str(Path(folder).resolve())
     os.chdir(folder)  # it leaves a file where it stands
     model, _, task = loaded(folder)
     model.requires_grad_(True)
-    for name in task["layers"]:
-        parent, _, last = name.rpartition(".")
-        lying: Conv1D = model.get_submodule(name)
-        layer = nn.Linear(*lying.weight.shape)
-        layer.weight.data, layer.bias.data = lying.weight.data.T.contiguous(), lying.bias.data
-        setattr(model.get_submodule(parent), last, layer)
+    lay_straight(model, task["layers"])
     train, queries = (torch.from_numpy(np.load(Path(folder) / f"{name}.npy")) for name in ("train", "queries"))
     where = Path(folder) / "logix"
     settings = Path(folder) / "logix.yaml"

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,18 @@ def task_of(folder: str) -> dict[str, Any]:
     """Texts of the task: prompt, target, context, sentences, query."""
     found: dict[str, Any] = json.loads((Path(folder) / "task.json").read_text())
     return found
+
+
+def lay_straight(model: Any, names: Iterable[str]) -> None:
+    """Put a Linear in the place of these Conv1D, which peers do not know."""
+    from torch import nn
+
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        lying = model.get_submodule(name)
+        layer = nn.Linear(*lying.weight.shape)
+        layer.weight.data, layer.bias.data = lying.weight.data.T.contiguous(), lying.bias.data
+        setattr(model.get_submodule(parent), last, layer)
 
 
 def serve(make: Callable[[str], Works], package: str) -> None:

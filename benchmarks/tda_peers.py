@@ -23,28 +23,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import select
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.peer_process import FailedError, Side, python_for
 from benchmarks.peer_turns import Works
-from benchmarks.peers import ROOT, python_of
 from benchmarks.recording import arguments, publish
 
 DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data"))
 LENGTH, WORDS = 64, 256
-PATIENCE = 1_200.0
-"""Seconds that a side may take for one answer."""
 QUICK = 2.0
 """A query that takes less is asked again, three times."""
 BEST = 20
@@ -299,75 +294,19 @@ def ours(folder: str) -> Works:
 # -- turns ------------------------------------------------------------------------------------------------------------
 
 
-class FailedError(Exception):
-    """A side could not be installed, did not start or did not do its work; the reason in one line."""
-
-
-NUMBERS = count()
-
-
-class Side:
-    """A process that does named works when told to (peer_turns)."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        command = [sys.executable, "-c", _SERVE] if name == OURS else [*_peer(name), "-m", f"benchmarks.peer_{name}"]
-        alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        number = next(NUMBERS)
-        self._out = folder / f"{name}-{number}.npz"
-        self._said = (folder / f"{name}-{number}.stderr").open("w+")
-        self._process = subprocess.Popen(
-            [*command, str(folder)], cwd=ROOT, env={**os.environ, **alone, **offline}, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._said, text=True,
-        )  # fmt: skip
-        self.package = str(self._answer()["ready"])
-
-    def turn(self, work: str) -> dict[str, Any]:
-        """{"cpu", "wall", "found"}; ``found`` holds the arrays it gave. Raises FailedError."""
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"work": work, "memory": False, "out": str(self._out)}) + "\n")
-        self._process.stdin.flush()
-        spent = self._answer()
-        with np.load(self._out) as found:
-            return {**spent, "found": dict(found)}
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
-        if not ready:
-            self._process.kill()
-            raise FailedError(f"no answer within {PATIENCE:.0f} seconds")
-        line = self._process.stdout.readline()
-        if not line:
-            self._said.seek(0)
-            last = self._said.read().strip().splitlines()[-1:]
-            raise FailedError(last[0] if last else f"it ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "failed" in answer:
-            raise FailedError(answer["failed"])
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-        self._said.close()
-
-
 _SERVE = (
     "import whence; from benchmarks.tda_peers import ours; from benchmarks.peer_turns import serve; "
     "serve(ours, f'whence {whence.__version__}')"
 )
 
 
-def _peer(name: str) -> list[str]:
+def started(name: str, folder: Path) -> Side:
+    """Ours or a peer's process. Raises FailedError."""
     if name in ABSENT:
         raise FailedError(ABSENT[name])
     os.environ["PIP_IGNORE_REQUIRES_PYTHON"] = "1"  # LogIX asks for a Python before 3.11
-    try:
-        return [str(python_of(name))]
-    except subprocess.CalledProcessError as error:
-        raise FailedError(f"not installed: {' '.join(map(str, error.cmd[-3:]))}") from None
+    served = ["-c", _SERVE] if name == OURS else ["-m", f"benchmarks.peer_{name}"]
+    return Side(name, folder, [python_for(name), *served])
 
 
 ABSENT = {"lorif": "cannot be had: the package index knows no package of this name"}
@@ -429,7 +368,7 @@ class Rounds:
         path = self.turns / f"{system.name} {number}.npz"
         if not path.exists():
             if system.side not in self._sides:
-                self._sides[system.side] = Side(system.side, self.folder)
+                self._sides[system.side] = started(system.side, self.folder)
             side = self._sides[system.side]
             turn = one_turn(side, system.work) | {"package": np.array(side.package)}
             np.savez(path.with_suffix(".part.npz"), **turn)

@@ -21,7 +21,6 @@ context-cite one by one for time (its batches of 16 are slower), in batches of 1
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -30,14 +29,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import PEERS, ROOT, python_of
+from benchmarks.peer_process import FailedError, Side, python_for
+from benchmarks.peers import PEERS, python_of
 from benchmarks.recording import arguments, publish
 
 PEERS.update(
@@ -88,64 +87,11 @@ MOST_MIB = 60.0
 """Token leave-one-out may take so much extra memory."""
 
 
-NUMBERS = count()
-
-
-class FailedError(Exception):
-    """A side could not be installed, did not start or did not do its work; the reason in one line."""
-
-
-class Side:
-    """A process that works when told to. ``package``: its name and version."""
-
-    def __init__(self, name: str, folder: Path, exact: bool = False) -> None:
-        try:
-            python = sys.executable if name == "whence" else str(python_of(name))
-        except subprocess.CalledProcessError as error:
-            raise FailedError(f"not installed: {' '.join(map(str, error.cmd[-3:]))}") from None
-        alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        if exact:
-            alone |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-        number = next(NUMBERS)
-        self._said = (folder / f"{name}-{number}.stderr").open("w+")
-        self._out = folder / f"{name}-{number}.npz"
-        self._process = subprocess.Popen(
-            [python, "-m", f"benchmarks.peer_{name}", str(folder)], cwd=ROOT, env={**os.environ, **alone, **offline},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
-        )  # fmt: skip
-        self.package = str(self._answer()["ready"])
-
-    def turn(self, work: str, memory: bool = False) -> dict[str, Any]:
-        """{"cpu", "wall", "mib", "found"} of one work; ``found`` holds the arrays it gave. Raises FailedError."""
-        asked = {"work": work, "memory": memory, "out": str(self._out)}
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        spent = self._answer()
-        with np.load(self._out) as found:
-            return {**spent, "found": dict(found)}
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            self._said.seek(0)
-            last = self._said.read().strip().splitlines()[-1:]
-            raise FailedError(last[0] if last else f"it ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "failed" in answer:
-            raise FailedError(answer["failed"])
-        return answer
-
-    def __enter__(self) -> Side:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-        self._said.close()
+def started(name: str, folder: Path, exact: bool = False) -> Side:
+    """Ours or a peer's process; ``exact``: its memory goes back to the system as soon as it is free."""
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    command = [python_for(name), "-m", f"benchmarks.peer_{name}"]
+    return Side(name, folder, command, at_once if exact else None)
 
 
 # -- models and texts -------------------------------------------------------------------------------------------------
@@ -207,11 +153,11 @@ def verdict(ratio: dict[str, Any], aim: float | None) -> dict[str, Any]:
 def time_races(folder: Path, repeats: int) -> dict[str, Any]:
     """Races of one peer share its turns: the peer once, then each of our works, then the peer again."""
     rows: dict[str, Any] = {}
-    with Side("whence", folder) as ours:
+    with started("whence", folder) as ours:
         for name in dict.fromkeys(r.peer for r in TIMES):
             races = [r for r in TIMES if r.peer == name]
             try:
-                with Side(name, folder) as peer:
+                with started(name, folder) as peer:
                     rows |= _turns(ours, peer, races, repeats)
             except FailedError as error:
                 rows |= {r.name: {"peer": name, "failed": str(error)} for r in races}
@@ -263,7 +209,7 @@ def fresh(folder: Path, works: Sequence[tuple[str, str]], repeats: int, exact: b
 
     def once(job: tuple[str, str]) -> float | FailedError:
         try:
-            with Side(job[0], folder, exact) as side:
+            with started(job[0], folder, exact) as side:
                 return float(side.turn(job[1], memory=True)["mib"])
         except FailedError as error:
             return error
@@ -302,7 +248,7 @@ def memory_races(folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def exactness(folder: Path) -> dict[str, Any]:
-    with Side("whence", folder) as side:
+    with started("whence", folder) as side:
         found = side.turn("exact")["found"]
     worst = float(found["worst"])
     return {"versions": int(found["versions"]), "largest difference from a plain pass, nats": worst, "aim": 1e-5,
@@ -325,7 +271,7 @@ def atman_memory(folder: Path, repeats: int) -> dict[str, Any]:
 
 def long_prompt(folder: Path) -> dict[str, Any]:
     """Leave-one-out over all sentences of a long prompt, once."""
-    with Side("whence", folder) as side:
+    with started("whence", folder) as side:
         turn = side.turn("long")
     cpu, wall, found = turn["cpu"], turn["wall"], turn["found"]
     return {"prompt tokens": int(found["tokens"]), "sentences": len(found["scores"]), "cpu seconds": round(cpu, 3),

@@ -237,6 +237,11 @@ class Budget:
     seconds: float = 60.0
 
 
+def behind(question: Any) -> Any:
+    """The question that a :class:`Metered` counts; any other is itself. For the trial, never for an explainer."""
+    return question._question if isinstance(question, Metered) else question
+
+
 class Metered:
     """A Question that counts. Each row of ``ask`` and ``forward`` is one forward, each row differentiated one backward.
 

@@ -30,7 +30,6 @@ from whence.errors import BudgetError, MethodError
 from whence.question import Answer, Budget, Metered
 from whence.units import Units
 
-torch.set_num_threads(1)
 F = Callable[[Tensor], Tensor]
 
 

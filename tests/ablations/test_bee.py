@@ -16,7 +16,6 @@ from whence.errors import BudgetError, MethodError
 from whence.question import Budget, Metered
 from whence.units import Units
 
-torch.set_num_threads(1)
 N = 12
 
 

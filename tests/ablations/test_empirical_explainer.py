@@ -20,7 +20,6 @@ from whence.question import Budget, Metered
 from whence.units import Units
 from whence.worlds import circuits
 
-torch.set_num_threads(1)
 N = 6
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from whence.checks.fragility import Fragility, Retrained, Setting, Trained, fragility
 from whence.engine.randomness import stream
@@ -20,14 +19,6 @@ from whence.worlds.digits import RECIPE, digits, halves
 BASE = Setting(1, 16, 1e-2)
 FAMILY = [BASE, replace(BASE, depth=0), replace(BASE, depth=3), replace(BASE, width=4), replace(BASE, width=64)]
 FAMILY += [replace(BASE, decay=0.0), replace(BASE, decay=1e-3)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

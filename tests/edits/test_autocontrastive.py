@@ -15,7 +15,6 @@ from whence.edits.autocontrastive import Autocontrastive, contrast
 from whence.engine.decoding import decode, greedy, trace
 from whence.errors import MethodError
 
-torch.set_num_threads(1)
 RING = 15
 """Tokens 0..14 follow each other in a ring; after them comes one that never fits."""
 MISFIT = RING

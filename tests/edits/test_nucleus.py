@@ -21,7 +21,6 @@ from whence.edits.nucleus import Nucleus, repetition, said_before, self_bleu, so
 from whence.engine.decoding import decode, greedy
 from whence.errors import MethodError
 
-torch.set_num_threads(1)
 WORDS, PROMPT, LENGTH, TEXTS = 40, 4, 32, 20
 DATA = Path(os.environ.get("WHENCE_DATA", Path(__file__).parents[3] / "shared" / "data")) / "tinyshakespeare"
 Ids = list[int]

@@ -23,7 +23,6 @@ from transformers import (
 from whence.engine.decoding import Choice, Step, Trace, blocks_of, decode, draw, greedy, nucleus, trace
 from whence.errors import MethodError, PromptError, RunError
 
-torch.set_num_threads(1)
 V = 96
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3),

@@ -16,7 +16,6 @@ from whence.engine.decompose import Frozen, LogitParts, decompose, mixing
 from whence.errors import MethodError, ModelError, WhenceError, WrongMapError
 from whence.models.residual import logit_parts, read
 
-torch.set_num_threads(1)
 VOCABULARY, LAYERS, HEADS = 40, 3, 4
 TARGET, FOIL = 3, 5
 GROUPED = {"num_key_value_heads": 2}

@@ -61,7 +61,14 @@ class DenoiserObjective:
         return Losses(value.mean(1) / k, torch.arange(n).repeat_interleave(k), torch.arange(k).repeat(n))
 
     def sampled(self, examples: Sequence[Any], seed: int) -> Losses:
-        raise NotImplementedError
+        """The loss toward what the model itself would say: its own noise, with a normal deviate of variance 1."""
+        n, k = len(examples), len(self.grid)
+        x = torch.stack(list(examples)).repeat_interleave(k, 0)
+        t, noise = self.grid.repeat(n), self.noise.repeat(n, 1)
+        said = self.module(noised(x, t, noise), t)
+        own = said.detach() + torch.randn(said.shape, generator=torch_stream("denoiser", "sampled", seed))
+        value = (said - own) ** 2
+        return Losses(value.mean(1) / k, torch.arange(n).repeat_interleave(k), torch.arange(k).repeat(n))
 
     def fingerprint(self) -> str:
         return f"denoiser-{self.output}"

@@ -18,8 +18,6 @@ from whence.models.residual import logit_parts, read
 from whence.question import Metered
 from whence.units import Units
 
-torch.set_num_threads(1)
-
 
 class Prompt:
     """The next token after a text, its tokens the units but for the first; ``foil`` is what is held against it unless

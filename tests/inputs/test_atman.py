@@ -19,8 +19,6 @@ from whence.segments import split
 from whence.text import TextSettings
 from whence.units import Units
 
-torch.set_num_threads(1)
-
 
 def asked(prompt: str, level: str = "word", **choices: Any) -> PromptQuestion:
     run = reader().write(TextSettings(f"{prompt} ?", forced="yes"))

@@ -16,7 +16,6 @@ from whence.errors import MethodError, ModelError, WrongMapError
 from whence.inputs.bilrp import CARD, BiLRP
 from whence.models.encoders import EncodedText, TextPair, relevance
 
-torch.set_num_threads(1)
 WORDS, CLASSES, LENGTH = 10, 2, 8
 BEGIN, END = 0, 1
 FILLERS = list(range(2, 14))

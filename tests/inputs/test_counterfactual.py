@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sentences import tiny, tokenizer
 from wired_llama import reader
 
@@ -28,7 +27,6 @@ from whence.verdict import SUPPORTED, judge
 from whence.worlds.facts.asking import adapter as facts
 from whence.worlds.facts.vocabulary import PEOPLE, PLACES
 
-torch.set_num_threads(1)
 OPPOSITES = {"good": "bad", "clean": "dirty", "kind": "rude", "bright": "dark", "fresh": "stale", "quick": "slow",
              "warm": "cold", "calm": "loud"}  # fmt: skip
 ASPECTS = ("food", "room", "staff", "hall", "bread", "service", "soup", "garden")

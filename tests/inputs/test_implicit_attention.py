@@ -26,7 +26,6 @@ from whence.models.recurrence import Implicit, implicit_attention, mixers, mixin
 from whence.question import Budget, Metered
 from whence.units import Units
 
-torch.set_num_threads(1)
 VALUES, NOISE, MARKERS, ASK = 8, 8, (16, 17), 18
 """Words: values first, then noise, two markers, and the word that asks for the value behind the first marker."""
 PLACES = 5
@@ -298,7 +297,6 @@ def test_a_question_without_implicit_attention_is_refused() -> None:
         ImplicitAttention().explain(Closed(mamba(), texts(1, "closed")[0][0]))
 
 
-@pytest.mark.skipif(not hasattr(Metered, "implicit_attention"), reason="a metered question does not hand it on yet")
 def test_a_metered_question_counts_one_forward() -> None:
     metered: Any = Metered(Copied(mamba(), texts(1, "metered")[0][0]), Budget(forwards=1))
     assert ImplicitAttention().explain(metered).cost.runs == metered.spent.forwards == 1

@@ -36,7 +36,9 @@ asked.SECONDS = 0
 model = verbs.load_text()
 run = model.write(TextSettings(sys.argv[1], max_tokens=3))
 def slowly(n=1, note=""):
-    time.sleep(0.2)
+    kept = Path(sys.argv[2])
+    enough = kept.exists() and kept.read_bytes().count(b"\\n") >= 3
+    time.sleep(600 if enough else 0.02)  # it can only end by being stopped
 q = PromptQuestion(model, run, split(run.prompt), "word", megabytes=0.5, advance=slowly, kept=Path(sys.argv[2]))
 print("begins", flush=True)
 verbs.explain(q, "mexgen")
@@ -110,8 +112,7 @@ def test_a_killed_process_goes_on_from_what_was_measured(how: signal.Signals, tm
         time.sleep(0.02)
     process.send_signal(how)
     out, _ = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("the process ended before it could be stopped: the machine is busy")
+    assert process.returncode != 0
     assert "ends" not in out
 
     model = verbs.load_text()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import digits_net
 import numpy as np
 import pytest
-import torch
-from sklearn.datasets import load_digits
-from torch import nn
+from digits_net import N
 
 from whence.cli import commands, run
-from whence.engine.randomness import stream
 from whence.errors import RunError
 from whence.influence.ekfac import EKFAC
 from whence.models.objectives import ClassifierObjective
@@ -23,24 +20,9 @@ from whence.store.checkpoints import Checkpoints, places
 from whence.store.training_index import TrainingIndex, build
 from whence.worlds.facts import twin_directory
 
-N = 300
 
-
-@cache
 def world(steps: int) -> tuple[ClassifierObjective, Listed, list[Any]]:
-    x, y = load_digits(return_X_y=True)
-    order = stream("checkpoints test").permutation(len(x))
-    x, y = (x[order] / 16).astype(np.float32), y[order]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-        optimiser = torch.optim.SGD(net.parameters(), lr=0.3)
-        for _ in range(steps):
-            nn.functional.cross_entropy(net(torch.from_numpy(x[:N])), torch.from_numpy(y[:N])).backward()
-            optimiser.step()
-            optimiser.zero_grad()
-    rows = [(a, int(b)) for a, b in zip(x, y, strict=True)]
-    return ClassifierObjective(net), Listed(tuple(rows[:N]), tuple(map(str, y[:N]))), rows[N : N + 4]
+    return digits_net.world("checkpoints test", 16, steps, 4)
 
 
 def built(folder: Path, steps: tuple[int, ...], form: str = "int8", judge: bool = False) -> list[TrainingIndex]:

@@ -61,6 +61,10 @@ def s3() -> Iterator[dict[str, Any]]:
     running.stop()
 
 
+STORES = pytest.mark.parametrize("somewhere", ["memory", "s3"], indirect=True)
+"""What holds for a folder too is shown of folders elsewhere, or does not: a folder is not fetched."""
+
+
 @pytest.fixture(params=["memory", "file", "s3"])
 def somewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Somewhere:
     if request.param == "file":
@@ -121,9 +125,8 @@ def test_remote_workers_fill_one_index(somewhere: Somewhere) -> None:
     assert (somewhere.open().rows("bits", np.arange(N)) == ROWS).all()
 
 
+@STORES
 def test_what_was_fetched_is_read_from_this_machine_the_next_time(somewhere: Somewhere, tmp_path: Path) -> None:
-    if somewhere.url.startswith("file"):
-        pytest.skip("a folder is not fetched")
     with somewhere.create() as index:
         index.append({"bits": ROWS})
     assert not list(somewhere.cache.rglob("*.rows"))
@@ -152,9 +155,8 @@ def read_all(somewhere: Somewhere) -> None:
     assert list(found.blocks("bits"))
 
 
+@STORES
 def test_damage_in_the_store_is_refused(somewhere: Somewhere) -> None:
-    if somewhere.url.startswith("file"):
-        pytest.skip("shown of folders elsewhere")
     with somewhere.create() as index:
         index.append({"bits": ROWS})
         index.delete([3])
@@ -179,9 +181,8 @@ def test_damage_in_the_store_is_refused(somewhere: Somewhere) -> None:
         fs.pipe_file(f"{root}/{name}", data)
 
 
+@STORES
 def test_a_second_writer_of_a_store_is_refused_and_a_dead_one_is_succeeded(somewhere: Somewhere) -> None:
-    if somewhere.url.startswith("file"):
-        pytest.skip("shown of folders elsewhere")
     index = somewhere.create()
     lock, fs = f"{index._place._root}/writer.lock", index._place._fs  # type: ignore[attr-defined]
     with pytest.raises(OutputError, match="through another Index"):

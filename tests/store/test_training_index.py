@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import digits_net
 import numpy as np
 import pytest
-import torch
-from sklearn.datasets import load_digits
+from digits_net import N
 from torch import nn
 
-from whence.engine.randomness import stream
 from whence.errors import OutputError, RunError
 from whence.influence.ekfac import EKFAC
 from whence.models.objectives import ClassifierObjective
 from whence.objective import Listed, Losses
 from whence.store.training_index import build, judgement, opened
 
-N = 300
 
-
-@cache
 def world() -> tuple[ClassifierObjective, Listed, list[Any]]:
-    x, y = load_digits(return_X_y=True)
-    order = stream("training index test").permutation(len(x))
-    x, y = (x[order] / 16).astype(np.float32), y[order]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))
-        optimiser = torch.optim.SGD(net.parameters(), lr=0.3)
-        for _ in range(150):
-            nn.functional.cross_entropy(net(torch.from_numpy(x[:N])), torch.from_numpy(y[:N])).backward()
-            optimiser.step()
-            optimiser.zero_grad()
-    rows = [(a, int(b)) for a, b in zip(x, y, strict=True)]
-    return ClassifierObjective(net), Listed(tuple(rows[:N]), tuple(map(str, y[:N]))), rows[N : N + 12]
+    return digits_net.world("training index test", 24, 150, 12)
 
 
 @pytest.mark.parametrize("form", ["auto", "bits:512", "int8", "lorif:4"])

@@ -23,7 +23,6 @@ from whence.worlds.ground import ENDS, STILL, rows, trouble
 from whence.worlds.scorers import SCORERS
 from whence.worlds.trial import random_scores, try_draw
 
-torch.set_num_threads(1)
 KEYS = [f"test {i}" for i in range(12)]
 FRESH = KEYS[:3]
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from whence.checks.lds import score
 from whence.engine.randomness import stream
@@ -20,14 +18,6 @@ from whence.worlds import digits as world
 from whence.worlds.digits import RECIPE, Digits, Truth, digits, halves, mnist
 
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

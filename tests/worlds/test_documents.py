@@ -28,14 +28,6 @@ SEEDS = (7, 8, 9)
 """Of trainings that no certificate has seen."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def planted(key: str) -> PlantedExamples:
     (found,) = WORLD.draw(key).planted

@@ -28,14 +28,6 @@ SEED = 7
 MANY = 40
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def planted() -> PlantedExamples:
     (found,) = WORLD.draw(KEY).planted

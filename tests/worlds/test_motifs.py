@@ -24,14 +24,6 @@ KEYS = ("one", "two", "three")
 Floats = NDArray[np.float64]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def drawn(key: str) -> Draw:
     return WORLD.draw(key)

@@ -18,7 +18,7 @@ from ..method import Card, card_of, catalogue
 from ..segments import LEVELS, Segments, split
 from ..text import TextSettings
 from .explain_reading import answered, checked_library, named, tried, typed
-from .query import span_of
+from .spans import span_of
 
 if TYPE_CHECKING:
     from ..explanation import Explanation

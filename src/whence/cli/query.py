@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as to_json
-import re
 import sys
 import time
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError, RunError
+from .spans import span_of
 
 if TYPE_CHECKING:
     from ..store.checkpoints import Checkpoints
@@ -170,12 +170,6 @@ def _verified(it: Any, found: Any, example: Any) -> list[Any]:
     from ..checks.tail_patch import tail_patch
 
     return [tail_patch(found.numbers, it.objective, it.examples, example)]
-
-
-def span_of(text: str) -> str | tuple[int, int]:
-    """--span as words of the output, or as characters ``start:end``."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    return (int(match[1]), int(match[2])) if match else text
 
 
 def _lines(record: dict[str, Any]) -> str:

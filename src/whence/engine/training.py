@@ -6,9 +6,11 @@ by its number, so that a training that is gone on with goes on exactly as the un
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..errors import RunError
 from .progress import progress
 
 
@@ -94,6 +97,17 @@ class Trainee:
 
     def use_average(self) -> None:
         self.modules.load_state_dict(self.average)
+
+
+def same_settings(directory: Path, settings: Any, what: str) -> Path:
+    """The record of a training in this directory, to be written by the caller; RunError where it is of another one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    record = directory / "training.json"
+    if record.exists() and (found := json.loads(record.read_text())) != asdict(settings):
+        changed = ", ".join(f"{k} {found.get(k)!r}" for k, v in asdict(settings).items() if found.get(k) != v)
+        asked = f"train {what} into {directory}"
+        raise RunError(asked, f"a training with other settings: {changed}", "another --out directory")
+    return record
 
 
 def steps(t: Trainee, what: str, log: Any) -> Iterator[int]:

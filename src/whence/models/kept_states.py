@@ -165,7 +165,7 @@ def _attention(
     states = _STATES.get()
     assert states is not None
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
-    if foreign:
+    if foreign:  # `Ablation._agrees` hears it, and asks such a model without kept states
         raise NotImplementedError(f"attention with {foreign[0]}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer, softcap = int(module.layer_idx), kwargs.get("softcap")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RunError, nearest
+from ..question import behind
 from . import scorers
 from .ground import Draw, World, trouble
 from .trial import auc
@@ -97,7 +98,7 @@ def _own(name: str) -> Any:
     """The scorer of this name that belongs to the question it is given, not to the one that it was found on."""
 
     def score(question: Any) -> Any:
-        return getattr(question, "_question", question).scorers[name](question)
+        return behind(question).scorers[name](question)
 
     return score
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..engine.randomness import stream
 from ..errors import WhenceError
-from ..question import Answer, Budget, Explainer, Metered, Spent
+from ..question import Answer, Budget, Explainer, Metered, Spent, behind
 from .ground import STILL, Oracle, Planted, restart, rows
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def once(explain: Explainer) -> Explainer:
     known: dict[int, tuple[Any, Answer]] = {}
 
     def explain_once(question: Any) -> Answer:
-        asked = getattr(question, "_question", question)  # behind the handle; kept, so that its id stays its own
+        asked = behind(question)  # kept, so that its id stays its own
         if id(asked) not in known:
             known[id(asked)] = (asked, Answer.of(explain(question), question.units))
         return known[id(asked)][1]

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...engine.randomness import seed_of, stream, torch_stream
-from ...engine.training import Trainee, save_tensors, steps
+from ...engine.training import Trainee, same_settings, save_tensors, steps
 from ...errors import RunError
 from ...models.small_stable_diffusion import build_pipeline
 from .. import shapes
@@ -69,13 +69,7 @@ def train(directory: Path, settings: Training | None = None, log: Any = sys.stde
     A directory that holds an unfinished training with the same settings is gone on with.
     """
     s = settings or Training()
-    directory.mkdir(parents=True, exist_ok=True)
-    record = directory / "training.json"
-    if record.exists() and (found := json.loads(record.read_text())) != asdict(s):
-        changed = ", ".join(f"{k} {found.get(k)!r}" for k, v in asdict(s).items() if found.get(k) != v)
-        raise RunError(
-            f"train emoji into {directory}", f"a training with other settings: {changed}", "another --out directory"
-        )
+    record = same_settings(directory, s, "emoji")
     pipe = untrained(seed_of("emoji", s.seed) % 2**31)
     _start(pipe, Path(s.start) if s.start else shapes.model_directory())
     record.write_text(json.dumps(asdict(s)))
