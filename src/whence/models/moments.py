@@ -57,9 +57,14 @@ class Moment:
         return cls(denoiser, own(latents), condition, own(inputs), layers, columns)
 
     def predict(
-        self, latents: Tensor | None = None, prompt: Tensor | None = None, tape: Recorder | None = None
+        self,
+        latents: Tensor | None = None,
+        prompt: Tensor | None = None,
+        tape: Recorder | None = None,
+        columns: tuple[tuple[tuple[int, ...], ...], ...] | None = None,
     ) -> Tensor:
         """The denoiser's output for these latents and embeddings (default: the run's own), under a tape if given.
+        ``columns``: of each picture, where the pictures' prompts differ.
 
         With gradients enabled and a tape of ``mode="grad"``, its maps have gradients to both. Use
         ``torch.autograd.grad``: ``backward`` would also fill the gradients of the weights.
@@ -75,8 +80,9 @@ class Moment:
         refuse_caches(self.denoiser)
         images = len(prompt)
         tape.rewind()
-        tape.check(self.layers, len(self.columns), images, 1)
-        plan = Plan(self.denoiser, self.layers, prompt, (self.columns,) * images, 1)
+        each = columns or (self.columns,) * images
+        tape.check(self.layers, max(map(len, each)), images, 1)
+        plan = Plan(self.denoiser, self.layers, prompt, each, 1)
         with tape.on(plan) as watch, through_dispatcher(watch):
             return call()
 

@@ -12,7 +12,7 @@ import json
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from ..run import Run, Settings
 from ..units import Units
 from .kernels import refuse_caches, through_dispatcher, without_array_warning
 from .moments import Moment, stop_at
+from .steering import Steer, steered
 from .words import Encoder, align, columns
 
 _WHOLE = 256 * 2**20
@@ -198,12 +199,19 @@ class Pictures(ABC):
         tape: Recorder | None = None,
         batch: int = 16,
         advance: Advance | None = None,
+        steer: Steer | None = None,
     ) -> list[Run]:
         """Several runs, denoised together in batches of at most ``batch`` pictures: equal to one-by-one up to rounding.
 
         Runs are batched with those of the same steps, guidance, size and negative prompt. The tape then holds the
-        pictures of all runs, in their order. Raises RunError or PromptError before any work.
+        pictures of all runs, in their order. ``steer`` is shown the latents before each pass and may change them
+        (`steering.py`). Raises RunError or PromptError before any work.
         """
+        if steer is not None and tape is not None:
+            found = "the passes that the steer looks at would be recorded with the picture's own"
+            raise RunError("a tape over a steered run", found, "one of the two")
+        if steer is not None:
+            refuse_caches(self.denoiser)
         units = [self.words(s.prompt) for s in many]
         for settings in many:
             self.refuse(settings)
@@ -226,7 +234,7 @@ class Pictures(ABC):
         for job in jobs.values():
             for start in range(0, len(job), batch):
                 part = job[start : start + batch]
-                made = self._batch([(many[r], i) for r, i in part], [places[r] for r, _ in part], tape, advance)
+                made = self._batch([(many[r], i) for r, i in part], [places[r] for r, _ in part], tape, advance, steer)
                 for key, one in zip(part, made, strict=True):
                     latents[key] = one.float().cpu().numpy()
                     pixels[key] = self._pixels(one[None])
@@ -268,12 +276,14 @@ class Pictures(ABC):
         places: list[tuple[tuple[int, ...], ...]],
         tape: Recorder | None,
         advance: Advance | None,
+        steer: Steer | None = None,
     ) -> Tensor:
         settings = pictures[0][0]
         with torch.no_grad(), _quiet(self.pipeline), _own_randomness(settings.seed):
             prompted = self._prompted([s for s, _ in pictures])
             watched = nullcontext() if tape is None else self.watch(tape, prompted, places, settings)
-            with watched, _told(self.denoiser, advance):
+            shown = nullcontext() if steer is None else self._shown(steer, prompted, places, settings)
+            with watched, shown, _told(self.denoiser, advance):
                 latents = self.pipeline(
                     **prompted.inputs,
                     **self.arguments(settings),
@@ -307,6 +317,16 @@ class Pictures(ABC):
         plan = Plan(self.denoiser, layers, prompted.condition, tuple(places), self.calls(settings))
         with tape.on(plan) as watch, through_dispatcher(watch):
             yield
+
+    def _shown(
+        self, steer: Steer, prompted: Prompted, places: Sequence[tuple[tuple[int, ...], ...]], settings: Settings
+    ) -> AbstractContextManager[None]:
+        layers = self.layers(settings.height, settings.width)
+
+        def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
+            return Moment.of(self.denoiser, args, kwargs, prompted.condition, layers, places[0])
+
+        return steered(self.pipeline, self.denoiser, steer, of, tuple(places), self.calls(settings))
 
     def _pixels(self, latents: Tensor) -> NDArray[np.uint8]:
         # One picture at a time: memory stays small, and a picture's pixels do not depend on its neighbours.
