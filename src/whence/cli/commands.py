@@ -273,6 +273,49 @@ def query(
 
 
 @app.command()
+def trace(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="shapes, the embedded model, or a diffusers directory or hub id.", show_default=False),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the picture is asked to show.", show_default=False)] = "",
+    word: Annotated[str, typer.Option(help="The word of the prompt to trace.", show_default=False)] = "",
+    swap: Annotated[
+        str | None, typer.Option(help="The word that replaces it in the corrupted run.", show_default="one known")
+    ] = None,
+    corrupt: Annotated[
+        str | None, typer.Option(help="swap, noise or drop.", show_default="swap where a word is known, else noise")
+    ] = None,
+    where: Annotated[str, typer.Option(help="denoiser, or text-encoder: its layers by token.")] = "denoiser",
+    heads: Annotated[bool, typer.Option("--heads", help="Attentions head by head.")] = False,
+    kinds: Annotated[
+        str | None, typer.Option(help="Kinds of modules, with commas between.", show_default="all that add something")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Seeds that sites are ranked on.")] = 4,
+    fresh: Annotated[int, typer.Option(help="Other seeds for the verdict, 6 or more; 0: none.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="12")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: off.", show_default=False)] = None,
+    search: Annotated[str, typer.Option(help="all sites one by one, or halves of groups that matter.")] = "all",
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep what was measured here, so that a stopped trace goes on.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write a page into this folder.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say which part of the network carries a word into the picture, and put the answer on trial on fresh seeds."""
+    from .trace import Asked, trace
+
+    asked = Asked(
+        model, prompt, word, swap, corrupt, where, heads, kinds, seed, seeds, fresh, steps, guidance, search, journal,
+        out,
+    )  # fmt: skip
+    trace(asked, json)
+
+
+@app.command()
 def train(
     world: Annotated[str, typer.Argument(help="The world whose model to train: emoji, facts or shapes.")],
     out: Annotated[
@@ -302,3 +345,51 @@ def train(
     from .train import train
 
     train(world, out, seed, steps, start, data, twin)
+
+
+@app.command()
+def seeds(
+    model: Annotated[
+        str, typer.Argument(help="shapes, the embedded model, or a diffusers directory or hub id.")
+    ] = "shapes",
+    prompt: Annotated[str, typer.Option(help="What the pictures are asked to show.", show_default=False)] = "",
+    seeds: Annotated[str, typer.Option(help="How many, a range A:B, or seeds with commas between.")] = "64",
+    like: Annotated[
+        list[str] | None,
+        typer.Option(help="Another prompt of this kind; repeatable.", show_default="shapes: drawn from its words"),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts to choose seeds by, the asked one among them.")] = 4,
+    held_out: Annotated[int, typer.Option(help="Other prompts to try the chosen ones on.")] = 4,
+    top: Annotated[int, typer.Option(help="Seeds to keep; a verdict needs 8.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; else the model's own.", show_default=False)
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: off.", show_default=False)] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="file.py:function that tells of (prompt, image) whether it is right.",
+            show_default="shapes: its oracle",
+        ),
+    ] = "",
+    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 16,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="Keep finished batches here, so that a stopped bank goes on.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Also write a page with the pictures into this folder.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Was it the seed? Success of each seed, whether seeds matter, the best ones tried on other prompts."""
+    from .seeds import Asked
+    from .seeds import seeds as run
+
+    run(
+        Asked(
+            model, prompt, seeds, tuple(like or ()), prompts, held_out, top, steps, guidance, judge, batch, journal, out
+        ),
+        json,
+    )
