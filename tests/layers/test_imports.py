@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def files(*roots: str) -> list[Path]:
     return sorted(p for r in roots for p in (ROOT / r).rglob("*.py"))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf8"))
+
+
 def imports_of(path: Path) -> Iterator[Import]:
     """Every import of a file, relative ones made absolute, with the functions around it."""
     inside = path.is_relative_to(ROOT / "src")
@@ -85,7 +91,7 @@ def imports_of(path: Path) -> Iterator[Import]:
             else:
                 yield from visit(child, functions, typing_only)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf8")), (), False)
+    yield from visit(tree_of(path), (), False)
 
 
 def is_module(name: str) -> bool:
@@ -180,10 +186,10 @@ def test_import_whence_alone_does_not_even_load_numpy() -> None:
 def test_nothing_unpickles() -> None:
     wrong = []
     for path in files("src", "tests", "benchmarks"):
-        tree = ast.parse(path.read_text(encoding="utf8"))
         wrong += [f"{path}: {i.module}" for i in imports_of(path) if i.module.split(".")[0] in UNSAFE]
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "pd.read_pickle"):
+        for node in ast.walk(tree_of(path)):
+            loads = isinstance(node, ast.Attribute) and node.attr in ("load", "read_pickle")
+            if loads and ast.unparse(node) in ("torch.load", "pd.read_pickle"):
                 wrong.append(f"{path} line {node.lineno}: {ast.unparse(node)}")
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
                 wrong.append(f"{path} line {node.value.lineno}: allow_pickle")

@@ -282,7 +282,7 @@ class Pictures(ABC):
         with torch.no_grad(), _quiet(self.pipeline), _own_randomness(settings.seed):
             prompted = self._prompted([s for s, _ in pictures])
             watched = nullcontext() if tape is None else self.watch(tape, prompted, places, settings)
-            shown = nullcontext() if steer is None else self._shown(steer, prompted, places, settings)
+            shown = nullcontext() if steer is None else self._shown(steer, prompted, places, [s for s, _ in pictures])
             with watched, shown, _told(self.denoiser, advance):
                 latents = self.pipeline(
                     **prompted.inputs,
@@ -319,14 +319,15 @@ class Pictures(ABC):
             yield
 
     def _shown(
-        self, steer: Steer, prompted: Prompted, places: Sequence[tuple[tuple[int, ...], ...]], settings: Settings
+        self, steer: Steer, prompted: Prompted, places: Sequence[tuple[tuple[int, ...], ...]], many: list[Settings]
     ) -> AbstractContextManager[None]:
+        settings, prompts = many[0], tuple(s.prompt for s in many)
         layers = self.layers(settings.height, settings.width)
 
         def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
             return Moment.of(self.denoiser, args, kwargs, prompted.condition, layers, places[0])
 
-        return steered(self.pipeline, self.denoiser, steer, of, tuple(places), self.calls(settings))
+        return steered(self.pipeline, self.denoiser, steer, of, prompts, tuple(places), self.calls(settings))
 
     def _pixels(self, latents: Tensor) -> NDArray[np.uint8]:
         # One picture at a time: memory stays small, and a picture's pixels do not depend on its neighbours.

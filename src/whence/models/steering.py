@@ -6,7 +6,7 @@ pass and in the scheduler's step behind it. A steer that changes nothing leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..engine.attention import AttentionTape
-from ..errors import RunError
+from ..errors import MethodError, RunError
 from .moments import Moment
 
 _LATENTS = ("hidden_states", "sample")
@@ -27,25 +27,24 @@ _LATENTS = ("hidden_states", "sample")
 class Instant:
     """Before pass number ``step`` of ``steps``. ``latents`` [image, channel, y, x] as the scheduler holds them.
 
-    ``columns[image][word]``: places of a word on the text axis.
+    ``prompts[image]``; ``columns[image][word]``: places of a word on the text axis.
     """
 
     step: int
     steps: int
     latents: Tensor
+    prompts: tuple[str, ...]
     columns: tuple[tuple[tuple[int, ...], ...], ...]
     moment: Moment
     scale: float
 
     def maps(self, latents: Tensor, size: int | None = None) -> Tensor:
         """The words' attention [image, word, y, x] with these latents, mean over heads and over the layers whose grid
-        is ``size`` places high (None: a quarter of the latents, as in papers on Stable Diffusion, or the next larger
-        one there is). One denoiser pass; differentiable in ``latents``. Raises RunError for a size that no layer has.
+        is ``size`` places high (None: the coarsest but one, which is 16 x 16 of Stable Diffusion 1, as papers on it
+        have). One denoiser pass; differentiable in ``latents``. Raises RunError for a size that no layer has.
         """
         heights = sorted({layer.height for layer in self.moment.layers})
-        if size is None:
-            quarter = latents.shape[-2] / 4
-            size = next((h for h in heights if h >= quarter), heights[-1])
+        size = heights[min(1, len(heights) - 1)] if size is None else size
         if size not in heights:
             raise RunError(f"attention on grids {size} places high", "no layer has one", ", ".join(map(str, heights)))
         tape = AttentionTape(keep=("layer",), mode="grad")
@@ -64,7 +63,7 @@ Steer = Callable[[Instant], Tensor | None]
 @contextmanager
 def steered(
     pipeline: Any, denoiser: torch.nn.Module, steer: Steer, of: Callable[[tuple[Any, ...], dict[str, Any]], Moment],
-    columns: tuple[tuple[tuple[int, ...], ...], ...], calls: int,
+    prompts: tuple[str, ...], columns: tuple[tuple[tuple[int, ...], ...], ...], calls: int,
 ) -> Iterator[None]:  # fmt: skip
     """Puts ``steer`` on a pipeline for one batch; ``of`` makes a Moment of a pass's arguments."""
     scheduler, own_step = pipeline.scheduler, pipeline.scheduler.step
@@ -83,7 +82,7 @@ def steered(
         try:
             with torch.enable_grad():
                 latents = (moment.latents / scale if scale != 1 else moment.latents).detach()
-                new = steer(Instant(state["step"], calls, latents, columns, moment, scale))
+                new = steer(Instant(state["step"], calls, latents, prompts, columns, moment, scale))
         finally:
             state["inside"] = False
         state["new"] = None if new is None else new.detach()
@@ -107,3 +106,16 @@ def steered(
     finally:
         handle.remove()
         del scheduler.step
+
+
+def word_number(word: str | int, names: Sequence[str], prompt: str) -> int:
+    """The word's number in the prompt. Raises MethodError unless it stands there once."""
+    if isinstance(word, int):
+        if not 0 <= word < len(names):
+            raise MethodError(f"word {word} of {prompt!r}", f"it has {len(names)} words", "words from 0")
+        return word
+    found = [i for i, name in enumerate(names) if name.lower() == word.lower()]
+    if len(found) != 1:
+        said = f"it stands there {len(found)} times" if found else "it does not stand there"
+        raise MethodError(f"the word {word!r} of {prompt!r}", said, f"one of {', '.join(names)}, or a word's number")
+    return found[0]
