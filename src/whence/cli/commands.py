@@ -294,7 +294,7 @@ def trace(
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     seeds: Annotated[int, typer.Option(help="Seeds that sites are ranked on.")] = 4,
     fresh: Annotated[int, typer.Option(help="Other seeds for the verdict, 6 or more; 0: none.")] = 8,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="12")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="8")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: off.", show_default=False)] = None,
     search: Annotated[str, typer.Option(help="all sites one by one, or halves of groups that matter.")] = "all",
     journal: Annotated[

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..explanation import Explanation
     from ..verdict import Verdict
 
-STEPS = 12
+STEPS = 8
 """Denoising steps, unless others are asked for: a trace makes hundreds of pictures."""
 PLACES = {"denoiser": "denoiser", "text-encoder": "text encoder"}
 
@@ -82,9 +82,9 @@ def trace(asked: Asked, json: bool) -> None:
         kinds=tuple(k.strip() for k in asked.kinds.split(",")) if asked.kinds else None, search=asked.search,
     )  # fmt: skip
     journal = Journal(asked.journal) if asked.journal else None
+    sites = len(method.sites(model, asked.prompt))
     run = model.picture(asked.prompt, asked.seed, asked.steps or STEPS, asked.guidance)
     began = time.perf_counter()
-    sites = len(method.sites(run))
     with progress("tracing", total=asked.seeds * (2 + sites), unit="pictures") as advance:
         bench = method.bench(run, 0, asked.seeds, advance=advance, journal=journal)
         found = method.found(bench, run, began)

@@ -153,6 +153,8 @@ def encoder_sites(
     model: Any, prompt: str, kinds: Sequence[str] = ("self-attention", "feed-forward")
 ) -> tuple[Site, ...]:
     """Each layer of each text encoder at each word's last token, and at all places after the last word ("the end")."""
+    if unknown := [k for k in kinds if k not in ENCODER_KINDS]:
+        raise MethodError(f"sites of kind {', '.join(unknown)}", "no such kind", ", ".join(ENCODER_KINDS))
     words = model.words(prompt)
     sites: list[Site] = []
     for e, (name, encoder, length) in enumerate(_encoders(model)):

@@ -155,7 +155,7 @@ class CausalTrace:
             raise MethodError(f"{n} seeds", "nothing to trace on", "1 or more")
         if self.word not in run.words.labels:
             raise PromptError(f"trace the word {self.word!r}", "it is not in the prompt", ", ".join(run.words.labels))
-        sites = self.sites(run)
+        sites = self.sites(model, run.settings.prompt)
         many = [replace(run.settings, seed=run.settings.seed + first + k, images=1) for k in range(n)]
         read = readout or oracle_readout(model, self.word.partition("#")[0], run.settings)
         return Bench(
@@ -163,17 +163,17 @@ class CausalTrace:
             journal=journal, advance=advance,
         )  # fmt: skip
 
-    def sites(self, run: Run) -> tuple[Site, ...]:
+    def sites(self, model: Any, prompt: str) -> tuple[Site, ...]:
         """The sites that are asked, in the order in which they run."""
         from ..engine.patch import denoiser_sites, encoder_sites
 
         if self.where == "denoiser":
-            return denoiser_sites(run.model, self.kinds, self.heads, self.steps)
+            return denoiser_sites(model, self.kinds, self.heads, self.steps)
         if self.where != "text encoder":
             raise MethodError(f"trace the {self.where}", "no such part", "'denoiser' or 'text encoder'")
         if self.heads or self.steps:
             raise MethodError("heads or steps of the text encoder", "it has layers and tokens", "heads=False, no steps")
-        return encoder_sites(run.model, run.settings.prompt, self.kinds or ("self-attention", "feed-forward"))
+        return encoder_sites(model, prompt, self.kinds or ("self-attention", "feed-forward"))
 
     def corruption_for(self, run: Run) -> Corruption:
         """What is done to the text of this run."""
