@@ -197,3 +197,45 @@ def test_a_prompt_or_a_judge_that_will_not_do_is_refused() -> None:
         ReliableSeeds(top=8).mine(bank(0, "few", seeds=tuple(range(10))))
     with pytest.raises(MethodError, match="chosen on it"):
         ReliableSeeds().mine(bank(0, "same")).on(bank(0, "same"))
+
+
+def test_named_parameters_learn_and_the_others_do_not() -> None:
+    import torch
+
+    from whence.engine.seeds import learn
+    from whence.objective import Losses
+
+    class Line:
+        """y = (a + b) x, to be learned from points of slope 3."""
+
+        def __init__(self) -> None:
+            self.module = torch.nn.ParameterDict({"a": torch.zeros(1), "b": torch.ones(1)})
+
+        def losses(self, examples: Any) -> Losses:
+            x, y = torch.tensor(examples).T
+            return Losses(((self.module["a"] + self.module["b"]) * x - y) ** 2)
+
+    line = Line()
+    line.module["b"].requires_grad_(False)
+    found = learn(lambda step: line, [(x / 4, 3 * x / 4) for x in range(1, 9)], ["a"], 200, 4, 0.1)
+    assert set(found) == {"a"}
+    assert float(found["a"]) == pytest.approx(2, abs=0.05)
+    assert float(line.module["a"].detach()) == 0
+    assert line.module["a"].requires_grad
+    assert not line.module["b"].requires_grad
+
+
+def test_fine_tuning_changes_queries_and_keys_alone_and_comes_off() -> None:
+    model = load()
+    found = ReliableSeeds(steps=2, draws=9).mine(bank(0.2, "tune", 3))
+    before = model.fingerprint
+    change = found.tune(model, ["a red circle"], lambda prompt, image: prompt, seeds=(1, 2), steps=2, batch=2)
+    assert model.fingerprint == before
+    assert all(n.startswith("unet.") and n.rsplit(".", 2)[1] in ("to_q", "to_k") for n in change.after)
+    assert any(bool((change.after[n] != change.before[n]).any()) for n in change.after)
+    with change.on(model):
+        assert model.fingerprint != before
+    assert model.fingerprint == before
+    assert not [n for n, p in model.denoiser.named_parameters() if not p.requires_grad or p.grad is not None]
+    with pytest.raises(MethodError, match="no picture could be told"):
+        found.tune(model, ["a red circle"], lambda prompt, image: "", seeds=(1,), steps=1)

@@ -27,6 +27,7 @@ from .randomness import stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from .journal import Journal
     from .progress import Advance
@@ -293,3 +294,47 @@ def _parts(y: NDArray[np.float64]) -> NDArray[np.float64]:
     seed = float(np.nanmean(off)) if np.isfinite(off).any() else np.nan
     prompt = float(means[count > 1].var(0, ddof=1).sum() - own / max(float(count.mean()), 1)) if len(means) > 1 else 0.0
     return np.array([seed, prompt, own - seed])
+
+
+# --- learning from what seeds drew -----------------------------------------------------------------------------------
+
+
+def learn(
+    objective: Callable[[int], Any],
+    examples: Sequence[Any],
+    names: Sequence[str],
+    steps: int,
+    batch: int,
+    rate: float,
+    advance: Advance | None = None,
+) -> dict[str, Tensor]:
+    """Trains the parameters of these names on examples drawn at random, ``objective(step)`` for each step, by Adam with
+    a rate that falls to 0. Gives the learned values; the module's own are put back bit for bit, whatever happens."""
+    import torch
+
+    module = objective(0).module
+    own = {n: p for n, p in module.named_parameters() if n in set(names)}
+    if not own or steps < 1:
+        raise MethodError("fine-tuning", f"{len(own)} parameters, {steps} steps", "one or more of each")
+    asked = {n: p.requires_grad for n, p in module.named_parameters()}
+    kept = {n: p.data.clone() for n, p in own.items()}
+    try:
+        for n, p in module.named_parameters():
+            p.requires_grad_(n in own)
+        optimiser = torch.optim.Adam(own.values(), lr=rate)
+        for step in range(steps):
+            pick = stream("learn", step).choice(len(examples), min(batch, len(examples)), replace=False)
+            loss = objective(step).losses([examples[i] for i in pick]).values.sum() / len(pick)
+            optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if advance:
+                advance(1, f"loss {float(loss.detach()):.4f}")
+        return {n: p.data.clone() for n, p in own.items()}
+    finally:
+        for n, p in module.named_parameters():
+            p.requires_grad_(asked[n])
+            if n in kept:
+                p.data.copy_(kept[n])
+                p.grad = None

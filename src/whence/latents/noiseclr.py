@@ -217,8 +217,18 @@ class Directions:
             D = changes(objective.module, alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise, at, self.none, self.d)
         return [float(v) for v in D.norm(dim=-1).mean(1)]
 
-    def apply(self, many: Sequence[Settings], strengths: Sequence[Mapping[int, float]], batch: int = 16) -> list[Run]:
-        """Make pictures, each with its own directions: ``strengths[picture]`` maps a direction's number to lambda."""
+    def apply(
+        self,
+        many: Sequence[Settings],
+        strengths: Sequence[Mapping[int, float]],
+        batch: int = 16,
+        until: float = 1.0,
+    ) -> list[Run]:
+        """Make pictures, each with its own directions: ``strengths[picture]`` maps a direction's number to lambda.
+
+        ``until``: from this part of the schedule down (1: all of it). Where things stand is decided first, so that a
+        direction that comes in at .8 leaves them in their places.
+        """
         wrong = sorted({k for s in strengths for k in s if not 0 <= k < len(self.d)})
         if wrong:
             raise RunError(f"direction {wrong[0]}", f"there are {len(self.d)}", f"0 to {len(self.d) - 1}")
@@ -229,15 +239,16 @@ class Directions:
         runs: list[Run] = []
         for i in range(0, len(many), batch):
             part = many[i : i + batch]
-            with self._on(strengths[i : i + batch], self.model.guided(part[0])):
+            with self._on(strengths[i : i + batch], self.model.guided(part[0]), until):
                 runs += self.model.generate_many(part, batch=batch)
         return runs
 
     @contextmanager
-    def _on(self, strengths: Sequence[Mapping[int, float]], guided: bool) -> Iterator[None]:
+    def _on(self, strengths: Sequence[Mapping[int, float]], guided: bool, until: float) -> Iterator[None]:
         """Adds the directions to what the denoiser says; unconditional rows, which come first, are those of "none"."""
         rows = [(row, k, lam) for row, s in enumerate(strengths) for k, lam in s.items() if lam]
         n = len(strengths)
+        latest = until * len(self.model.pipeline.scheduler.alphas_cumprod)
         busy = False
 
         def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -246,6 +257,8 @@ class Directions:
                 return out
             said = out[0] if isinstance(out, tuple) else out.sample
             x, t = args[0], args[1]
+            if float(t) >= latest:
+                return out
             own = torch.tensor([r for r, _, _ in rows])
             asked = self.none + self.d[[k for _, k, _ in rows]]
             lam = torch.tensor([v for _, _, v in rows]).to(said).view(-1, 1, 1, 1)

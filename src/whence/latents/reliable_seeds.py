@@ -13,23 +13,28 @@ on, its query and key projections alone, so that *fresh* seeds draw what is aske
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..change import Change, Goal
 from ..engine.randomness import stream
-from ..engine.seeds import Bank, Differ, Judge, Share, differ, each_seed, fill, share
+from ..engine.seeds import Bank, Differ, Judge, Share, differ, each_seed, fill, learn, share
 from ..errors import MethodError
 from ..explanation import Cost, Explanation
 from ..method import Card
+from ..run import Settings
 from ..units import Units
 from ..verdict import LOOK_ALPHA, Verdict, judge, smallest_n
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ..engine.progress import Advance
 
 CARD = Card(
     name="reliable_seeds",
@@ -53,9 +58,13 @@ CARD = Card(
     },
     departs="Seeds are kept per kind of prompt, not per count alone. The p of the chi-square statistic is that of "
     "outcomes dealt to seeds within each prompt, which holds for small numbers too. The held-out check, the exact "
-    "test of each seed with Benjamini-Hochberg and the shares of variance are not the paper's.",
+    "test of each seed with Benjamini-Hochberg and the shares of variance are not the paper's. Not shown: that "
+    "fine-tuning helps. After 60 steps on 48 pictures of the embedded model, fresh seeds gained .02 [-.03, .07] on 12 "
+    "other prompts, and .06 [-.01, .13] after pictures of random seeds.",
     avoid="Where seeds do not matter: the verdict says so. To compare models by their best seeds.",
 )
+PROJECTIONS = re.compile(r"\.attn[12]\.to_[qk]\.weight$")
+"""What is fine-tuned: queries and keys of self- and cross-attention."""
 DELTA = 0.05
 """The smallest gain worth having: five of a hundred pictures."""
 
@@ -177,6 +186,47 @@ class Mined:
         if n < smallest_n(LOOK_ALPHA[1]):
             verdict.details["why"] = f"{n} seeds are too few to tell; keep {smallest_n(LOOK_ALPHA[1])} or more"
         return verdict
+
+    def tune(
+        self, model: Any, prompts: Sequence[str], rectify: Callable[[str, Any], str], *, seeds: Sequence[int] = (),
+        steps: int = 60, batch: int = 8, rate: float = 1e-4, advance: Advance | None = None,
+    ) -> Change:  # fmt: skip
+        """Fine-tune on pictures of the top seeds (or of ``seeds``, for a control): sections 4.2 and 4.3.
+
+        ``rectify(prompt, image)``: a caption of what is there, "" where it cannot be told (the picture is left out).
+        Only query and key projections of the denoiser's attentions learn, ``steps`` steps of Adam. The model itself
+        stays as it was: ``with change.on(model)``. Raises MethodError where no picture is left.
+        """
+        from ..models.objectives import DiffusionObjective
+
+        examples = []
+        tall, wide = model.default_size
+        steps_made = model.steps if self.settings.steps is None else self.settings.steps
+        guidance = model.guidance if self.settings.guidance is None else self.settings.guidance
+        for prompt in prompts:
+            many = [Settings(prompt, s, steps_made, guidance, tall, wide) for s in seeds or self.top]
+            for run in model.generate_many(many, batch=16):
+                caption = rectify(prompt, run.images[0])
+                examples += [(caption, run.latents[0])] if caption else []
+            if advance:
+                advance(len(many), "pictures to learn from")
+        if not examples:
+            raise MethodError("fine-tuning on rectified pictures", "no picture could be told", "other prompts")
+        own = [n for n, _ in model.denoiser.named_parameters() if PROJECTIONS.search(n)]
+
+        def objective(step: int) -> DiffusionObjective:
+            return DiffusionObjective(model, timesteps=2, seed=step)
+
+        began = time.perf_counter()
+        before = {n: p.detach().clone() for n, p in model.denoiser.named_parameters() if n in own}
+        after = learn(objective, examples, own, steps, batch, rate, advance)
+        part = next(n for n, c in model.pipeline.components.items() if c is model.denoiser)
+        settings = {"seeds": list(seeds or self.top), "pictures": len(examples), "steps": steps, "rate": rate}
+        return Change(
+            "reliable_seeds", Goal(prompts[0], f"{prompts[0]}, whatever the seed", tuple(prompts)), settings,
+            model.name, model.fingerprint, {f"{part}.{n}": w for n, w in before.items()},
+            {f"{part}.{n}": w for n, w in after.items()}, seconds=time.perf_counter() - began,
+        )  # fmt: skip
 
     def says(self, verdict: Verdict | None = None) -> str:
         """Whether seeds matter here, in one sentence."""

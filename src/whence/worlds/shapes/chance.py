@@ -16,7 +16,7 @@ from ...engine.seeds import Bank, fill
 from ...errors import PromptError
 from ..measured import Measured
 from . import oracle
-from .scenes import COLOURS, PLURALS, SHAPES, SIZE, WORDS
+from .scenes import COLOURS, PLURALS, RELATIONS, SHAPES, SIZE, WORDS
 from .vocabulary import alternatives
 
 if TYPE_CHECKING:
@@ -133,3 +133,23 @@ def measure(verb: Any, replicates: int, model: Any = None, advance: Advance | No
             "prompts": list(bank.prompts), "seeds": len(bank.seeds), "top": list(mined.top), "steps": STEPS,
         },
     )  # fmt: skip
+
+
+def rectified(prompt: str, image: NDArray[np.uint8]) -> str:
+    """A caption of what the picture shows, in the form of the prompt: number, colours, shapes and relation as the
+    oracle sees them; "" where it sees none, more than three, or what the form cannot say."""
+    asked, things = oracle.parse(prompt), oracle.read(image).things
+    if not 1 <= len(things) <= 3:
+        return ""
+    nouns = [f"{'an' if t.colour[0] in 'aeiou' else 'a'} {t.colour} {t.shape}" for t in things]
+    ground = f" on {asked.background}" if asked.background else ""
+    if asked.kind == "count" and len({(t.colour, t.shape) for t in things}) == 1:
+        t, number = things[0], ("", "two", "three")[len(things) - 1]
+        return (f"{number} {t.colour} {PLURALS[t.shape]}" if number else nouns[0]) + ground
+    if asked.relation and len(things) == 2:
+        wanted = asked.things[0][:2]
+        first, second = sorted(things, key=lambda t: (t.colour, t.shape) != wanted)
+        found = next((r for r in RELATIONS if oracle._holds(r, first, second)), "")
+        names = [nouns[things.index(t)] for t in (first, second)]
+        return f"{names[0]} {found} {names[1]}{ground}" if found else ""
+    return " and ".join(nouns) + ground

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 ATTRIBUTES = ("background", "frame", "mark", "number", "place", "colour", "shape", "size")
 CLOSE = 8.0
-STEPS, PICTURES, STRENGTH, BATCH = 8, 32, 2.0, 16
-LEARNING = {"directions": 5, "steps": 40, "rate": 0.1}
+STEPS, PICTURES, STRENGTH, UNTIL, BATCH = 8, 32, 2.0, 0.8, 16
+LEARNING = {"directions": 6, "steps": 30, "rate": 0.1}
 MOST = 8.0
 """The strongest a random direction is applied to change as much as a learned one."""
 
@@ -92,7 +92,7 @@ def measure(verb: Any, replicates: int, model: Any = None, advance: Advance | No
 
     def effects(directions: Any, strengths: Sequence[float]) -> list[list[frozenset[str]]]:
         jobs = [(s, {k: lam}) for k, lam in enumerate(strengths) for s in many]
-        runs = directions.apply([s for s, _ in jobs], [d for _, d in jobs], BATCH)
+        runs = directions.apply([s for s, _ in jobs], [d for _, d in jobs], BATCH, UNTIL)
         if advance:
             advance(len(jobs), "pictures with directions")
         seen = [oracle.read(r.images[0]) for r in runs]
@@ -116,6 +116,7 @@ def measure(verb: Any, replicates: int, model: Any = None, advance: Advance | No
         details={
             "names": names,
             "changes": {n: [dict(Counter(a for e in own for a in e)) for own in arm] for n, arm in arms.items()},
+            "seeds": [list(map(sorted, own)) for own in arms["learned"]],
             "strengths_of_equal_change": (STRENGTH * ratio).tolist(), "loss": [learned.losses[0], learned.losses[-1]],
             "combined": _combined(learned, names, many, before),
         },
@@ -128,7 +129,7 @@ def _combined(learned: Any, names: Sequence[str], many: Sequence[Settings], befo
     second = next((j for j, n in enumerate(names) if first is not None and n and n != names[first]), None)
     if first is None or second is None:
         return None
-    runs = learned.apply(many, [{first: STRENGTH, second: STRENGTH}] * len(many), BATCH)
+    runs = learned.apply(many, [{first: STRENGTH, second: STRENGTH}] * len(many), BATCH, UNTIL)
     found = [changed(b, oracle.read(r.images[0])) for b, r in zip(before, runs, strict=True)]
     both = {names[first], names[second]}
     return {
