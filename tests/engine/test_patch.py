@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,6 +250,8 @@ def test_bad_input_is_refused_with_what_would_work(model: Any) -> None:
         against_random(bench(model, 1), tuple(sites), 1)
     with pytest.raises(RunError, match="images=1"):
         play(model, [Row(replace(settings(0), images=2))])
+    with pytest.raises(RunError, match="`name`"):
+        bench(model, 1, readout=lambda run: 0.0, journal=Journal(Path("never.jsonl")))
     with pytest.raises(RunError, match="finite"):
         bench(model, 1, readout=lambda run: float("nan"))
 

@@ -592,6 +592,8 @@ class Bench:
         self.model, self.many, self.words, self.corruptions = model, list(many), list(words), list(corruptions)
         self.sites, self.readout, self.batch = tuple(sites), readout, batch
         self.journal, self.advance = journal, advance
+        if journal is not None and readout is not None and not getattr(readout, "name", ""):
+            raise RunError("a journal of this readout", "it has no name to be known by", "a readout with a `name`")
         self.in_encoder = bool(sites and sites[0].tokens)
         self.kept: Kept | None = None
         if self.in_encoder:
@@ -663,7 +665,7 @@ class Bench:
             self.advance(n)
 
     def _piece(self, group: Group, picture: int) -> tuple[object, ...]:
-        name = getattr(self.readout, "name", None) or getattr(self.readout, "__qualname__", "latents")
+        name = getattr(self.readout, "name", "latents")
         asked = (self.many[picture], self.words[picture], self.corruptions[picture])
         return ("trace", self.model.fingerprint, *asked, name, "+".join(s.label + s.kind for s in group))
 
