@@ -393,3 +393,46 @@ def seeds(
         ),
         json,
     )
+
+
+@app.command()
+def edit(
+    model: Annotated[str, typer.Argument(help="shapes, emoji, a diffusers directory or a hub id.")],
+    change: Annotated[str, typer.Option(help='What shall be drawn as what: "red -> blue".')],
+    by: Annotated[str, typer.Option(help="diff_quickfix, uce, time or erase.")] = "diff_quickfix",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the change and its report.")] = Path(
+        "whence-edit"
+    ),
+    site: Annotated[
+        str | None, typer.Option(help="diff_quickfix: the layer to edit, as layers.0.self_attn.out_proj.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="What must stay; else the other words of its kind.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt with the old phrase to plan with; may be given again.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds that it is tried on, before and after; 0: none.")] = 12,
+    relearn: Annotated[int, typer.Option(help="Steps of fine-tuning back to the old concept; 0: none.")] = 6,
+    apply: Annotated[
+        Path | None, typer.Option(help="Also write an edited copy of the pipeline into this new folder.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is foreseen, and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Change a model so that prompts with one phrase are drawn as another; foreseen, tried, and undone exactly."""
+    from .edit import Asked, edit
+
+    edit(Asked(model, change, by, out, site, keep, tuple(prompt or ()), seeds, relearn, apply, dry_run), json)
+
+
+@app.command()
+def undo(
+    change: Annotated[Path, typer.Argument(help="The folder or file that `whence edit -o` wrote.")],
+    model: Annotated[Path, typer.Argument(help="The pipeline's folder that the change is in.")],
+    json: Json = False,
+) -> None:
+    """Take a change out of a pipeline's folder again, byte for byte."""
+    from .edit import undo
+
+    undo(change, model, json)

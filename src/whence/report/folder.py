@@ -23,11 +23,13 @@ TEXT_RECORD = "report.json"
 QUERY_RECORD = "query.json"
 TRACE_RECORD = "trace.json"
 SEEDS_RECORD = "seeds.json"
-OURS = ("report.html", "maps.npz", RECORD, TEXT_RECORD, QUERY_RECORD, TRACE_RECORD, SEEDS_RECORD)
+EDIT_RECORD = "edit.json"
+OURS = ("report.html", "maps.npz", RECORD, TEXT_RECORD, QUERY_RECORD, TRACE_RECORD, SEEDS_RECORD,
+        EDIT_RECORD, "change.safetensors")  # fmt: skip
 """Files of a report, beside ``image.png``, ``image-2.png`` and so on."""
 SCHEMAS = {
     RECORD: "whence/explanation/", TEXT_RECORD: "whence-text-explanation/", QUERY_RECORD: "whence/query/",
-    TRACE_RECORD: "whence/trace/", SEEDS_RECORD: "whence/seeds/",
+    TRACE_RECORD: "whence/trace/", SEEDS_RECORD: "whence/seeds/", EDIT_RECORD: "whence/edit/",
 }  # fmt: skip
 """A report's record, of pictures or of text, and how its schema begins. One may take the other's place."""
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from ...change import Change, Goal
 from ...engine.randomness import seed_of, stream
-from ...engine.rewording import find
+from ...engine.rewording import find, reword
 from ...errors import PromptError, RunError
 from ...run import Settings
+from ...verdict import Verdict, judge, t_interval
 from ..measured import Measured
 from . import oracle
 from .scenes import BACKGROUNDS, COLOURS, KINDS, PLURALS, SHAPES, SIZES, WORDS, draw_scene
@@ -29,6 +30,13 @@ STEPS, GUIDANCE, BATCH = 8, 1.0, 32
 """Of a trial's pictures: without guidance eight steps draw colours as well as thirty with it, eight times as fast."""
 PLANNED = 96
 """Captions that a method plans with."""
+GROUPS = {
+    "target": (("one", "two"), True),
+    "paraphrases": (("count", "relation", "three"), True),
+    "neighbours": (("one", "two"), False),
+    "unrelated": (("relation", "count"), False),
+}
+"""Of probes: the kinds of captions, and whether they have the old phrase."""
 CHANGES = (("red", "blue"), ("green", "purple"), ("yellow", "red"), ("blue", "orange"))
 
 
@@ -126,13 +134,9 @@ def probes(goal: Goal, n: int, purpose: str = "report") -> dict[str, list[Probe]
     same in captions of the kinds and with the words that planning saw least: counts, relations, three objects,
     backgrounds and fillers. ``neighbours``: prompts of other words of its kind stay. ``unrelated``: number, shapes and
     places stay in prompts without the phrase. Raises RunError where the world has too few captions."""
-    groups = {
-        "target": (("one", "two"), True), "paraphrases": (("count", "relation", "three"), True),
-        "neighbours": (("one", "two"), False), "unrelated": (("relation", "count"), False),
-    }  # fmt: skip
     found: dict[str, list[Probe]] = {}
     new = tuple(goal.new.split())
-    for group, (kinds, has) in groups.items():
+    for group, (kinds, has) in GROUPS.items():
         if has:
             prompts = _captions(goal.old, n, f"{purpose} {group}", kinds, new if len(new) == 1 else ())
         else:
@@ -227,6 +231,126 @@ def measure(verb: Any, replicates: int, model: Any = None, advance: Advance | No
     details |= {"foreseen": foreseen, "random sites": sites, "seconds to plan": seconds}
     own, against = tuple(values), {k: tuple(v) for k, v in arms.items()}
     return Measured("target gained less others lost", "share of seeds", "seed", own, against, details=details)
+
+
+# --- the report of one change ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a change did. ``rates[group]``: {"before", "after", "moved", "interval", "n"}, paired over seeds.
+    ``images``: for some probes of each group the prompt, the seed and both pictures. ``verdict``: on the target,
+    against the same deltas at random matrices. ``relearned``: see :func:`relearn`."""
+
+    rates: dict[str, dict[str, Any]]
+    images: tuple[dict[str, Any], ...]
+    verdict: Verdict
+    relearned: dict[str, Any] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The JSON record, without pictures."""
+        return {"rates": self.rates, "verdict": self.verdict.record(), "relearn": self.relearned}
+
+
+def try_change(
+    model: Any, change: Change, seeds: int = 12, relearn_steps: int = 0, shown: int = 3, advance: Advance | None = None
+) -> Tried:
+    """Pictures before and after at the same seeds, read by the oracle. Raises RunError for fewer than 8 seeds,
+    PromptError for phrases that the oracle does not read."""
+    if seeds < 8:
+        raise RunError(f"{seeds} seeds", "too few for a verdict", "8 or more")
+    groups = probes(change.goal, seeds)
+    asked = [p for own in groups.values() for p in own]
+    target = groups["target"]
+    shows(change.goal.new, oracle.read(np.zeros((64, 64, 3), np.uint8)))  # refuses what it cannot read before any work
+    made = {"before": pictures(model, asked, advance=advance)}
+    with change.on(model):
+        made["after"] = pictures(model, asked, advance=advance)
+    with elsewhere(model, change, change.key).on(model):
+        control = pictures(model, target, advance=advance)
+    held = {when: [float(p.holds(x)) for p, x in zip(asked, own, strict=True)] for when, own in made.items()}
+    rates, images = {}, []
+    for g, (group, own) in enumerate(groups.items()):
+        part = slice(g * seeds, (g + 1) * seeds)
+        was, now = (np.array(held[when][part]) for when in ("before", "after"))
+        moved = now - was
+        rates[group] = {
+            "before": float(was.mean()), "after": float(now.mean()), "moved": float(moved.mean()),
+            "interval": list(t_interval(moved, 0.05)), "n": seeds,
+        }  # fmt: skip
+        images += [
+            {"group": group, "prompt": own[i].prompt, "seed": own[i].seed, "before": made["before"][part][i],
+             "after": made["after"][part][i], "held": [bool(was[i]), bool(now[i])]}
+            for i in range(min(shown, seeds))
+        ]  # fmt: skip
+    was = np.array(held["before"][:seeds])
+    there = np.array([float(p.holds(x)) for p, x in zip(target, control, strict=True)])
+    verdict = judge(
+        np.array(held["after"][:seeds]) - was, {"the same deltas at random matrices": there - was},
+        claim=f"prompts with {change.goal.old!r} are drawn as {change.goal.new!r}", delta=0.8,
+        readout="share of pictures drawn as the new phrase", unit="after less before", alpha=0.05,
+        evidence=f"{change.method}: {len(change.before)} matrices, {change.parameters:,} numbers; foreseen: "
+        f"{1 - change.predicted['edit']:.0%} of the way there, kept values move by {change.predicted['keep']:.1%}",
+        intervention=f"the same {seeds} seeds before and after; the same deltas at random matrices of equal size",
+    )  # fmt: skip
+    learned = relearn(model, change, relearn_steps, advance=advance) if relearn_steps else None
+    return Tried(rates, tuple(images), verdict, learned)
+
+
+def relearn(model: Any, change: Change, steps: int = 8, pictures_each: int = 4, rate: float = 3e-4,
+            advance: Advance | None = None) -> dict[str, Any]:  # fmt: skip
+    """How fast does the old concept come back? The edited model learns, for some steps on its own former pictures, to
+    draw the old concept at the old word; beside it the unedited model learns the same pictures at another word. Both
+    train the keys and values of the attention over text; the share of the loss that the word had lost and has regained
+    is counted on other pictures: 1 is the unedited model at the old word. A hidden concept comes back faster than a new
+    one is learned."""
+    import torch
+
+    from ...models.objectives import DiffusionObjective
+
+    goal, n = change.goal, pictures_each
+    prompts = _captions(goal.old, 2 * n, "relearn", ("one", "two"), tuple(goal.new.split()))
+    other = next(c for c in (*model.alternatives(goal.old.split()[0], 0), *COLOURS) if c not in (goal.old, goal.new))
+    said = [reword(p, goal.old, other) or p for p in prompts]
+    asked = [Settings(p, int(seed_of("relearn", i) % 2**31), STEPS, GUIDANCE, 64, 64) for i, p in enumerate(prompts)]
+    own = [run.latents[0] for run in model.generate_many(asked, batch=BATCH)]
+    trained = [p for name, p in model.pipeline.unet.named_parameters() if "attn2.to_k" in name or "attn2.to_v" in name]
+
+    def loss(captions: Sequence[str], part: slice) -> Any:
+        objective = DiffusionObjective(model, timesteps=3, seed=part.start or 0)
+        return objective.losses(list(zip(captions[part], own[part], strict=True))).values.sum() / n
+
+    def arm(captions: Sequence[str], goal_loss: float) -> list[float]:
+        kept = [p.detach().clone() for p in trained]
+        optimiser = torch.optim.AdamW(trained, lr=rate)
+        train, test = slice(0, n), slice(n, 2 * n)
+        curve: list[float] = []
+        try:
+            for _ in range(steps):
+                if not curve:
+                    with torch.no_grad():
+                        curve.append(float(loss(captions, test)))
+                for p, g in zip(trained, torch.autograd.grad(loss(captions, train), trained), strict=True):
+                    p.grad = g
+                optimiser.step()
+                with torch.no_grad():
+                    curve.append(float(loss(captions, test)))
+                if advance:
+                    advance(1)
+        finally:
+            with torch.no_grad():
+                for p, was in zip(trained, kept, strict=True):
+                    p.copy_(was)
+                    p.grad = None
+        lost = max(curve[0] - goal_loss, 1e-9)
+        return [round((curve[0] - x) / lost, 4) for x in curve]
+
+    with torch.no_grad():
+        before = float(loss(prompts, slice(n, 2 * n)))
+    fresh = arm(said, before)
+    with change.on(model):
+        edited = arm(prompts, before)
+    return {"steps": steps, "edited word": edited, f"another word ({other})": fresh, "learning rate": rate}
 
 
 def _other_site(model: Any, site: str, key: object) -> str:
