@@ -54,7 +54,7 @@ CARD = Card(
         "in tests/latents/test_reliable_seeds.py",
         "expect": 0.05,
         "control": "as many random seeds, and seeds mined on outcomes that were dealt out anew",
-        "seconds": 120,
+        "seconds": 115,
     },
     departs="Seeds are kept per kind of prompt, not per count alone. The p of the chi-square statistic is that of "
     "outcomes dealt to seeds within each prompt, which holds for small numbers too. The held-out check, the exact "
