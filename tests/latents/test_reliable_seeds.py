@@ -36,7 +36,7 @@ def test_planted_seeds_are_found_and_hold_on_new_prompts() -> None:
 
 
 def test_the_winners_of_nothing_are_only_lucky() -> None:
-    said, words, curse = [], [], []
+    said, words, curse, told = [], [], [], []
     for i in range(12):
         mined = ReliableSeeds(draws=99).mine(bank(0.0, f"null {i}"))
         verdict = mined.on(bank(0.0, f"null new {i}", 16, mined.top + mined.rivals))
@@ -44,7 +44,9 @@ def test_the_winners_of_nothing_are_only_lucky() -> None:
         words.append(verdict.word)
         curse.append(verdict.details["mined_rate"] - verdict.details["held_out_rate"])
         if not said[-1] and verdict.word != "supported":
-            assert "Seeds do not matter here" in mined.says(verdict)
+            told.append(mined.says(verdict).startswith("Seeds do not matter here"))
+            assert told[-1] or "No sign that seeds matter here" in mined.says(verdict)
+    assert sum(told) >= 4  # the others have an interval that reaches too far
     assert np.mean(curse) > 0.15  # the winner's curse: what they were chosen by overstates them
     assert sum(said) <= 3
     assert words.count("supported") <= 1

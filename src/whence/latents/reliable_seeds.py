@@ -65,6 +65,8 @@ CARD = Card(
 )
 PROJECTIONS = re.compile(r"\.attn[12]\.to_[qk]\.weight$")
 """What is fine-tuned: queries and keys of self- and cross-attention."""
+LITTLE = 0.15
+"""Seeds do not matter where no more of what varies at a prompt is theirs, by the upper end of the interval."""
 DELTA = 0.05
 """The smallest gain worth having: five of a hundred pictures."""
 
@@ -237,7 +239,10 @@ class Mined:
         if verdict is not None and verdict.word == "supported":
             return f"Seeds matter here: the best ones are better on new prompts too ({p})."
         if self.differ.p > 0.05:
-            return f"Seeds do not matter here, as far as this bank tells: they differ no more than chance does ({p})."
+            most = self.shares["success"].interval[1]
+            share = f", {most:.2f} at most of what varies is theirs" if np.isfinite(most) else ""
+            how = "Seeds do not matter here" if most <= LITTLE else "No sign that seeds matter here"
+            return f"{how}: they differ no more than chance does ({p}){share}."
         if verdict is not None and verdict.word == "refuted":
             return f"Seeds differ here ({p}), but the best ones are hardly better on new prompts: draw any."
         return f"Seeds differ here ({p}); whether the best ones help on new prompts is undecided."
