@@ -177,8 +177,8 @@ class Mined:
             delta=DELTA,
             readout="share of held-out prompts drawn right, above the mean of random seeds",
             alpha=LOOK_ALPHA[1],
-            evidence=f"success of {len(self.bank.seeds)} seeds on {len(self.bank.prompts)} prompts: "
-            f"p = {self.differ.p:.3g} that they do not differ",
+            evidence=f"success of {len(self.bank.seeds)} seeds on {len(self.bank.prompts)} prompts; "
+            f"dealt to the seeds at random they differ as much with p = {self.differ.p:.3g}",
             intervention=f"the same {len(held.prompts)} other prompts with the top seeds and with random ones",
             mined_rate=self.rate_of(self.top),
             held_out_rate=float(np.mean([r[s] for s in self.top])),
