@@ -80,9 +80,9 @@ def test_rows_and_journal_are_the_same_from_one_process_and_from_two(tmp_path, m
 
     # Workers do not see what this test changed, so they take as many draws as a user gets.
     steps = []
-    two = proving.prove(names, advance=lambda n=1, note="": steps.append(n), world="twins", jobs=2)
-    assert sum(steps) == 2 * proving.DRAWS == proving.pieces(names, False, "twins")
-    assert told(two) == told(proving.prove(names, world="twins"))
+    two = proving.prove(names, advance=lambda n=1, note="": steps.append(n), world="circuits", jobs=2)
+    assert sum(steps) == 2 * proving.DRAWS == proving.pieces(names, False, "circuits")
+    assert told(two) == told(proving.prove(names, world="circuits"))
 
 
 def test_an_error_of_a_worker_arrives_whole(tmp_path):

@@ -12,8 +12,10 @@ import torch
 from planted import close, found, loss_gradients, rescored, small, whole
 from torch import nn
 
+from whence.engine.codes import Numbers
 from whence.engine.influence import Memory
 from whence.engine.project import Projection
+from whence.engine.schemes import Rows
 from whence.errors import RunError
 from whence.influence.datainf import DataInf
 from whence.influence.ekfac import EKFAC
@@ -225,7 +227,8 @@ def test_eogp_s_scores_are_by_whitened_coordinates_one_sign_and_one_scale() -> N
     objective, examples, queries = wide(120)
     fitted = EOGP(bits=64, damping=0.3).fit(objective, examples)
     scheme: Any = fitted.scheme
-    x, q = (scheme.whitened(fitted.bank.gradients(list(part))).double().numpy() for part in (examples.items, queries))
+    sides = [fitted.bank.gradients(list(part)) for part in (examples.items, queries)]
+    x, q = (scheme.features(gradients)["all"].double().numpy() for gradients in sides)
     assert x.shape[1] <= 64 + 8
     true = q @ np.sign(x).T * np.abs(x).mean(1)
     assert close(fitted.scores(queries), true, 0.02)  # the scan quantises the query
@@ -301,7 +304,7 @@ def test_what_was_learned_goes_to_a_scheme_that_knows_nothing(name: str) -> None
     fitted = method.fit(objective, examples)
     kind = type(fitted.scheme)
     shapes = fitted.bank.shapes
-    makes = {"grad_dot": lambda: kind(shapes), "tracin": lambda: kind(shapes, (1.0,))}
+    makes = {"grad_dot": lambda: Rows(Numbers(shapes, "float16")), "tracin": lambda: kind(shapes, (1.0,))}
     fresh = makes.get(name, lambda: kind(shapes, method))()
     fresh.restore({k: v.copy() for k, v in fitted.scheme.tensors().items()})
     assert fresh.planes == fitted.scheme.planes
@@ -314,7 +317,7 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_other_queries(name: str) 
     method = METHODS[name]
     fitted = method.fit(objective, examples)
     given, kind, shapes = fitted.scores(queries), type(fitted.scheme), fitted.bank.shapes
-    makes = {"grad_dot": lambda: kind(shapes), "tracin": lambda: kind(shapes, (1.0,))}
+    makes = {"grad_dot": lambda: Rows(Numbers(shapes, "float16")), "tracin": lambda: kind(shapes, (1.0,))}
     again = rescored(fitted, makes.get(name, lambda: kind(shapes, method))(), 7, queries)
     # A gradient on the edge between two codes may fall to either side.
     assert np.corrcoef(again.ravel(), given.ravel())[0, 1] > 0.999

@@ -17,7 +17,7 @@ from whence.worlds.ground import ENDS, STILL, STRUCTURES, rows, trouble
 from whence.worlds.scorers import SCORERS
 from whence.worlds.tokens import WORLD, sentences
 
-FRESH = ["test 0", "test 1", "test 2"]
+FRESH = ["test 0", "test 1"]
 KEYS = [f"test {i}" for i in range(12)]
 
 

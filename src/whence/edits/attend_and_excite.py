@@ -94,15 +94,16 @@ class AttendAndExcite:
             alpha = self.alpha * math.sqrt(1 - 0.5 * now.step / max(now.steps - 1, 1))
             wanted = {round(part * last): value for part, value in self.thresholds}.get(now.step)
             z = now.latents
-            for _ in range(MOST if wanted else 1):
+            for i in range(MOST + 1 if wanted else 1):
                 z = z.detach().requires_grad_(True)
                 loss = self._loss(now, z, places)
                 (slope,) = torch.autograd.grad(loss.sum(), z)
-                # Pictures that are there already stay while others are pushed on.
-                left = torch.ones_like(loss) if wanted is None else (loss > 1 - wanted).to(loss.dtype)
-                if wanted is not None and not bool(left.any()):
+                # Pictures that are there already stay while others are pushed on; then all take the step's own update.
+                left = (loss > 1 - wanted).to(loss.dtype) if wanted and i < MOST else torch.zeros_like(loss)
+                last_one = not bool(left.any())
+                z = z.detach() - alpha * slope * (torch.ones_like(loss) if last_one else left)[:, None, None, None]
+                if last_one:
                     break
-                z = z.detach() - alpha * slope * left[:, None, None, None]
             return z.detach()
 
         return steer

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Together:
     """``module`` holds the networks as ``0``, ``1``, ... Raises RunError where there is none, or two share one."""
 
-    def __init__(self, objectives: Sequence[Objective], what: str = "several models") -> None:
+    def __init__(self, objectives: Sequence[Objective], what: str) -> None:
         if not objectives or len({id(o.module) for o in objectives}) < len(objectives):
-            raise RunError(f"{what}: {len(objectives)}", "there is none, or two share one network", "one for each")
+            raise RunError(what, "there is none, or two share one network", "one or more, each of its own")
         self.objectives, self.name = tuple(objectives), objectives[-1].name
         self.module: nn.Module = nn.ModuleList([o.module for o in objectives])
 

@@ -77,7 +77,7 @@ class TracIn:
                 "one rate for each objective, of one or more",
             )  # fmt: skip
         layers = self.layers and tuple(f"{t}.{p}" for t in range(len(rates)) for p in self.layers)
-        whole = Together(checkpoints, "TracIn of checkpoints")
+        whole = Together(checkpoints, f"TracIn of {len(checkpoints)} checkpoints")
         return fit(
             self, CARD.name, lambda shapes: _Scheme(shapes, rates), whole, examples, shelf, self.size, "random", layers,
             self.seed,

@@ -104,7 +104,7 @@ class _Outputs(Together):
         from ..models.objectives import ClassifierObjective, MarginObjective
 
         given = [MarginObjective(m.module, m.name) if type(m) is ClassifierObjective else m for m in models]
-        super().__init__(given, "TRAK of models")
+        super().__init__(given, f"TRAK of {len(given)} models")
         self.carriers: dict[int, nn.Module] = {}
         for i, model in enumerate(given):
             if isinstance(model, MarginObjective):

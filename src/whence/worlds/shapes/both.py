@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 PROMPTS: tuple[tuple[str, str, str], ...] = (
     ("a yellow square and a yellow circle", "square", "circle"),
     ("a yellow circle and a yellow cross", "circle", "cross"),
+    ("a orange circle and a orange cross", "circle", "cross"),
+    ("a purple circle and a purple cross", "circle", "cross"),
 )
-"""(prompt, object, object): of 72 prompts for two objects of one colour, those drawn right at none of three seeds, but
-for the one on which settings were chosen ("a red square and a red circle")."""
+"""(prompt, object, object): of 72 prompts for two objects of one colour, the four that were drawn right least often at
+three seeds, but for the one on which settings were chosen ("a red square and a red circle")."""
 FIRST = 1000
 """Seeds from here on: settings were chosen on smaller ones."""
 
@@ -50,13 +52,14 @@ def random_direction(steer: Steer, name: str) -> Steer:
 
 
 def measure(verb: Callable[..., Any], replicates: int, model: Any = None, advance: Advance | None = None) -> Measured:
-    """The share of prompts with both objects on the picture, seed by seed: steered; as it comes; pushed as far in a
-    random direction; steered by the two articles."""
+    """The share of prompts with both objects on the picture, seed by seed (half as many seeds as ``replicates``, as
+    there are several prompts): steered; as it comes; pushed as far in a random direction; steered by the articles.
+    """
     if model is None:
         from ... import load
 
         model = load()
-    seeds = range(FIRST, FIRST + replicates)
+    seeds = range(FIRST, FIRST + max(replicates // 2, 2))
     tall, wide = model.default_size
     arms: dict[str, np.ndarray] = {}
 
