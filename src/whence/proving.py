@@ -384,7 +384,7 @@ def _rows(
         model = load() if on_trial(card_of(name)) else None
     pictures = FULL if trials.full else PICTURES
     piece = (name, "pictures", pictures, model.fingerprint if model else "")
-    row = (journal and journal.get(*piece)) or try_method(name, pictures, model)
+    row = (journal and journal.get(*piece)) or try_method(name, pictures, model, advance)
     if journal:
         journal.put(row, *piece)
     if advance:
