@@ -33,11 +33,10 @@ CARD = Card(
     claim="A short fine-tuning of the cross-attention makes prompts with one colour draw another, and other colours "
     "stay; the same deltas at other matrices of the model do not.",
     falsifier={
-        "trial": "shapes.editing.measure",
-        "planted": "prompts with the old colour must draw the new one at the same seed; prompts without it must stay",
-        "expect": 0.8,
-        "control": "the same deltas moved to other matrices of the model",
-        "seconds": 120,
+        "status": "not shown",
+        "reason": "in the two minutes of a trial it does not get there. 60 steps at rate .001 drew the new colour in 4 "
+        "of 8 pictures and 7 of 8 others kept theirs; at .003 in 5 of 8, and 5 of 8 others kept theirs "
+        "(shapes.editing.measure; closed forms: 15 or 16 of 16, no other lost). benchmarks/edit_speed trains it for longer.",
     },
     departs="Tried with toward='new', on one change: the trial asks for another colour, which eq. 7 does not promise. "
     "Keys and values alone are trained (ESD-x trains queries and outputs too). Prompts of other words are trained to "
@@ -54,8 +53,8 @@ class Erase:
 
     toward: str = "new"
     eta: float = 1.0
-    steps: int = 60
-    rate: float = 3e-3
+    steps: int = 200
+    rate: float = 1e-3
     batch: int = 6
     pictures: int = 24
     seed: int = 0

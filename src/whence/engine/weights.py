@@ -133,22 +133,17 @@ def least_squares(
     x = shared_solve(k, kept, lam, edit_weight, keep_weight)
     if not bool(torch.isfinite(x).all()):
         raise MethodError("an edit", "keys or weights that are not finite", "a model whose activations are finite")
+    # What W* makes of a key differs from what W0 makes of it by edit (K' x^T)(V - W0 K): foreseen without W*.
+    size = _folded(kept)
+    edited, moved = edit_weight * k @ x.T, edit_weight * size @ x.T.float()
     new, foreseen = [], []
     for m, v in zip(matrices, values, strict=True):
         w = m.weight.detach().double()
         gap = v.double() - k @ w.T
         delta = edit_weight * gap.T @ x
-        after = (w + delta).to(m.weight.dtype)
-        new.append(after)
-        made = after.double() - w
-        foreseen.append(
-            Foreseen(
-                m.name,
-                _share(gap - k @ made.T, gap),
-                _share(kept @ made.T, kept @ w.T) if len(kept) else 0.0,
-                _share(made, w),
-            )
-        )
+        new.append((w + delta).to(m.weight.dtype))
+        keep_error = _share(moved @ gap.float(), size @ w.float().T) if len(kept) else 0.0
+        foreseen.append(Foreseen(m.name, _share(gap - edited @ gap, gap), keep_error, _share(delta, w)))
     return new, foreseen
 
 
@@ -168,6 +163,15 @@ def shared_solve(k: Tensor, kept: Tensor, lam: float, edit_weight: float = 1.0, 
     solved: Tensor = torch.cholesky_solve(k.T, torch.linalg.cholesky(system))
     out: Tensor = solved.T
     return out
+
+
+def _folded(keys: Tensor) -> Tensor:
+    """As many rows as a key has numbers, at most, of which any matrix makes values of the same norm: enough to tell how
+    large those of all keys are."""
+    if len(keys) <= keys.shape[1]:
+        return keys.float()
+    upper: Tensor = torch.linalg.qr(keys, mode="r").R
+    return upper.float()
 
 
 def _share(part: Tensor, whole: Tensor) -> float:
