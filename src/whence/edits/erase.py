@@ -35,8 +35,8 @@ CARD = Card(
     falsifier={
         "status": "not shown",
         "reason": "in the two minutes of a trial it does not get there. 60 steps at rate .001 drew the new colour in 4 "
-        "of 8 pictures and 7 of 8 others kept theirs; at .003 in 5 of 8, and 5 of 8 others kept theirs "
-        "(shapes.editing.measure; closed forms: 15 or 16 of 16, no other lost). benchmarks/edit_speed trains it for longer.",
+        "of 8 pictures, and 7 of 8 others kept theirs; at .003 in 5 of 8, and 5 of 8 others kept theirs (by "
+        "shapes.editing.measure; closed forms: 15 or 16 of 16, no other lost). benchmarks/edit_speed trains longer.",
     },
     departs="Tried with toward='new', on one change: the trial asks for another colour, which eq. 7 does not promise. "
     "Keys and values alone are trained (ESD-x trains queries and outputs too). Prompts of other words are trained to "
