@@ -81,7 +81,12 @@ def explain(run: Any, by: str = "daam", **settings: Any) -> Explanation:
     card = card_of(by)
     verb = load_method(by)
     if not hasattr(verb, "explain"):
-        kinds = {"write": "writes a text", "fit": "makes a pass over training examples first (whence index)"}
+        passes = {"influence": "training examples first (whence index)", "latents": "a bank of pictures first"}
+        room = card.module.split(".")[1]
+        kinds = {
+            "write": "writes a text", "plan": "edits a model", "steer": "steers a picture",
+            "fit": f"makes a pass over {passes.get(room, 'pictures first')}",
+        }  # fmt: skip
         kind = next((says for has, says in kinds.items() if hasattr(verb, has)), "is a check")
         raise MethodError(f"explain by {by!r}", f"{by} {kind}, it explains none", f"whence.method.load({by!r})")
     try:

@@ -71,14 +71,15 @@ class AStar:
 
     def steer(self, model: Any, many: Sequence[Settings], batch: int = 16) -> list[Run]:
         """Pictures of these settings, steered. Raises MethodError, RunError, PromptError before any work."""
-        for prompt in {s.prompt for s in many}:
-            self._places(model, prompt)
-        runs: list[Run] = model.generate_many(many, batch=batch, steer=self.steering(model))
-        return runs
+        from ..models.steering import pictures
+
+        return pictures(model, many, self.words, self.steering(model), batch)
 
     def steering(self, model: Any) -> Steer:
         """The change of the latents before each step."""
         import torch
+
+        from ..models.steering import numbers_of
 
         if len(self.words) < 2 or not self.alpha > 0 or not 0 < self.share <= 1:
             found = f"{len(self.words)} words, alpha {self.alpha:g}, share {self.share:g}"
@@ -91,7 +92,7 @@ class AStar:
             if now.step >= self.share * now.steps:
                 return None
             z = now.latents.requires_grad_(True)
-            places = torch.tensor([self._places(model, prompt) for prompt in now.prompts])
+            places = torch.tensor([numbers_of(model, prompt, self.words) for prompt in now.prompts])
             a = now.maps(z, self.size)[torch.arange(len(z))[:, None], places]
             if self.normalise:
                 a = a / a.detach().amax((-1, -2), keepdim=True)
@@ -103,12 +104,6 @@ class AStar:
             return (z - self.alpha * slope).detach()
 
         return steer
-
-    def _places(self, model: Any, prompt: str) -> list[int]:
-        from ..models.steering import word_number
-
-        names = model.words(prompt).names
-        return [word_number(w, names, prompt) for w in self.words]
 
 
 def segregation(a: Tensor) -> Tensor:

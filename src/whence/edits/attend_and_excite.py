@@ -73,14 +73,15 @@ class AttendAndExcite:
 
     def steer(self, model: Any, many: Sequence[Settings], batch: int = 16) -> list[Run]:
         """Pictures of these settings, steered. Raises MethodError, RunError, PromptError before any work."""
-        for prompt in {s.prompt for s in many}:
-            self._places(model, prompt)
-        runs: list[Run] = model.generate_many(many, batch=batch, steer=self.steering(model))
-        return runs
+        from ..models.steering import pictures
+
+        return pictures(model, many, self.words, self.steering(model), batch)
 
     def steering(self, model: Any) -> Steer:
         """The change of the latents before each step."""
         import torch
+
+        from ..models.steering import numbers_of
 
         if not self.words or not self.alpha > 0 or not 0 < self.share <= 1:
             found = f"{len(self.words)} words, alpha {self.alpha:g}, share {self.share:g}"
@@ -90,7 +91,7 @@ class AttendAndExcite:
             last = self.share * now.steps
             if now.step >= last:
                 return None
-            places = torch.tensor([self._places(model, prompt) for prompt in now.prompts])
+            places = torch.tensor([numbers_of(model, prompt, self.words) for prompt in now.prompts])
             alpha = self.alpha * math.sqrt(1 - 0.5 * now.step / max(now.steps - 1, 1))
             wanted = {round(part * last): value for part, value in self.thresholds}.get(now.step)
             z = now.latents
@@ -117,12 +118,6 @@ class AttendAndExcite:
         logits = (100 * maps).masked_fill(~known[:, :, None, None], -math.inf)
         chosen = logits.softmax(1)[torch.arange(len(z))[:, None], places]
         return (1 - _smooth(chosen).amax((-1, -2))).amax(1)
-
-    def _places(self, model: Any, prompt: str) -> list[int]:
-        from ..models.steering import word_number
-
-        names = model.words(prompt).names
-        return [word_number(w, names, prompt) for w in self.words]
 
 
 def _smooth(maps: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ CARD = Card(
         "expect": 0.75,
         "control": "random smooth maps, and DAAM's own maps with the words' labels shuffled",
         "seconds": 60,
-        "pictures": 24,
+        "pictures": 16,
     },
     departs="Mean instead of sum over steps, layers and heads, so that values are probabilities. The middle block "
     "can be read too, blocks=('down', 'mid', 'up'): on the embedded model its coarse grid blurs the maps. Two "

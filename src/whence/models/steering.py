@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..engine.attention import AttentionTape
 from ..errors import MethodError, RunError
 from .moments import Moment
+
+if TYPE_CHECKING:
+    from ..run import Run, Settings
 
 _LATENTS = ("hidden_states", "sample")
 
@@ -106,6 +109,20 @@ def steered(
     finally:
         handle.remove()
         del scheduler.step
+
+
+def pictures(model: Any, many: Sequence[Settings], words: Sequence[str | int], steer: Steer, batch: int) -> list[Run]:
+    """Steered pictures of these settings, once every prompt is known to have the words."""
+    for prompt in {s.prompt for s in many}:
+        numbers_of(model, prompt, words)
+    runs: list[Run] = model.generate_many(many, batch=batch, steer=steer)
+    return runs
+
+
+def numbers_of(model: Any, prompt: str, words: Sequence[str | int]) -> list[int]:
+    """Their numbers in the prompt. Raises MethodError for a word that does not stand there once."""
+    names = model.words(prompt).names
+    return [word_number(w, names, prompt) for w in words]
 
 
 def word_number(word: str | int, names: Sequence[str], prompt: str) -> int:
