@@ -82,15 +82,17 @@ def on_shapes(steps: int, n: int) -> dict[str, Any]:
     drawn = editing.probes(goal, n, "speed")
     methods = {name: load(name)() for name in ("diff_quickfix", "uce", "time")}
     methods["erase"] = load("erase")(steps=steps)
-    rows: dict[str, Any] = {}
+    both = drawn["target"] + drawn["neighbours"]
+    was = [p.holds(x) for p, x in zip(both, editing.pictures(model, both), strict=True)]
+    rows: dict[str, Any] = {"unedited": {"target": sum(was[:n]) / n, "others": sum(was[n:]) / n, "n": n}}
     editing.examples(model, goal.old)  # captions are drawn once, for all
     for name, method in methods.items():
         began = time.process_time()
         change = method.plan(model, goal)
         spent = time.process_time() - began
         with change.on(model):
-            made = editing.pictures(model, drawn["target"] + drawn["neighbours"])
-        held = [p.holds(x) for p, x in zip(drawn["target"] + drawn["neighbours"], made, strict=True)]
+            made = editing.pictures(model, both)
+        held = [p.holds(x) for p, x in zip(both, made, strict=True)]
         rows[name] = {"seconds": round(spent, 3), "target": sum(held[:n]) / n, "others": sum(held[n:]) / n, "n": n}
     slow = rows["erase"]
     for name in ("diff_quickfix", "uce", "time"):

@@ -93,6 +93,12 @@ class Change:
         return sum(t.numel() for t in self.after.values())
 
     @property
+    def extent(self) -> str:
+        """How much it edits, in words."""
+        n = len(self.before)
+        return f"{n} {'matrix' if n == 1 else 'matrices'}, {self.parameters:,} numbers"
+
+    @property
     def predicted(self) -> dict[str, float]:
         """Means of ``foreseen`` over the matrices."""
         rows = self.foreseen or ({"edit": 0.0, "keep": 0.0, "size": 0.0},)
@@ -234,7 +240,7 @@ class Change:
     def __str__(self) -> str:
         p = self.predicted
         return (
-            f"{self.goal} by {self.method}: {len(self.before)} matrices, {self.parameters:,} numbers of "
+            f"{self.goal} by {self.method}: {self.extent} of "
             f"{self.model_name} ({self.fingerprint}), planned in {self.seconds:.2f} s\n"
             f"foreseen: {1 - p['edit']:.0%} of the way there, kept values move by {p['keep']:.1%}"
         )

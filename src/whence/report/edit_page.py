@@ -67,7 +67,7 @@ def edit_html(bundle: EditBundle) -> str:
     return environment().get_template("edit_page.jinja").render(
         css=style("parts.css"), own=style("edit_page.css"), version=__version__, goal=str(change.goal),
         claim=f"prompts with “{change.goal.old}” are drawn as “{change.goal.new}”",
-        evidence=f"{change.method}: {len(change.before)} matrices, {change.parameters:,} numbers; foreseen before "
+        evidence=f"{change.method}: {change.extent}; foreseen before "
         f"anything changed: {1 - p['edit']:.0%} of the way there, kept values move by {p['keep']:.1%}",
         intervention=v["intervention"] if v else "the model with the change and without it, at the same seeds",
         verdicts=[v] if v else [], missing="No oracle reads this model’s pictures.",

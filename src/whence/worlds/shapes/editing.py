@@ -289,7 +289,7 @@ def try_change(
         np.array(held["after"][:seeds]) - was, {"the same deltas at random matrices": there - was},
         claim=f"prompts with {change.goal.old!r} are drawn as {change.goal.new!r}", delta=0.8,
         readout="share of pictures drawn as the new phrase", unit="after less before", alpha=0.05,
-        evidence=f"{change.method}: {len(change.before)} matrices, {change.parameters:,} numbers; foreseen: "
+        evidence=f"{change.method}: {change.extent}; foreseen: "
         f"{1 - change.predicted['edit']:.0%} of the way there, kept values move by {change.predicted['keep']:.1%}",
         intervention=f"the same {seeds} seeds before and after; the same deltas at random matrices of equal size",
     )  # fmt: skip
