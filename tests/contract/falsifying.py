@@ -70,11 +70,11 @@ def ground(draws: int) -> Ground:
     return Ground(draws)
 
 
-DRAWS = 14
+DRAWS = 10
 """Fewer, and shuffled scores could reach what a card expects by chance."""
 
 
-FEWER = {"facts": 7, "carriers": 6, "documents": 6, "drawn": 4}
+FEWER = {"facts": 7, "carriers": 5, "documents": 4, "drawn": 3}
 """Draws of worlds that ask several questions of one structure in each, or in which a question has many causes."""
 NO_WORLD_ASKS = {
     "bilrp": "pairs of words behind a similarity",

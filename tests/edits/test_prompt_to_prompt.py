@@ -13,7 +13,6 @@ from whence.edits.prompt_to_prompt import PromptToPrompt, aligned
 from whence.errors import MethodError
 from whence.run import Settings
 from whence.worlds.shapes.edits import EDITS
-from whence.worlds.shapes.oracle import read
 from whence.worlds.shapes.swapped import good
 
 BEFORE, AFTER = "a red circle left of a blue square", "a green circle left of a blue square"
@@ -30,10 +29,10 @@ def settings(prompt: str, seed: int, steps: int = 6) -> Settings:
 
 def test_the_new_colour_stands_where_the_old_one_stood_and_with_another_seed_elsewhere() -> None:
     edit = next(e for e in EDITS if e.kind == "color" and e.before == BEFORE)
-    many = [settings(BEFORE, s, model().steps) for s in range(3)]
+    many = [settings(BEFORE, s, model().steps) for s in range(2)]
     before = model().generate_many(many)
-    edited = PromptToPrompt().steer(model(), many, [edit.after] * 3)
-    another = model().generate_many([settings(edit.after, s + 50, model().steps) for s in range(3)])
+    edited = PromptToPrompt().steer(model(), many, [edit.after] * 2)
+    another = model().generate_many([settings(edit.after, s + 50, model().steps) for s in range(2)])
     scores = [
         np.mean([good(edit, a, b) for a, b in zip(before, runs, strict=True)]) for runs in (edited, another, before)
     ]
@@ -53,12 +52,14 @@ def test_written_over_nothing_it_is_the_target_and_over_itself_the_source_to_the
     assert not any(m._forward_hooks for n, m in model().denoiser.named_modules() if n.endswith("attn1.to_q"))
 
 
-def test_a_word_of_weight_nothing_loses_its_hold() -> None:
-    many = [settings("a red circle", s, model().steps) for s in (1, 2)]
-    without = PromptToPrompt(cross=0, self_attention=0, weights={"red": 0.0}).steer(model(), many, ["a red circle"] * 2)
+def test_a_weight_of_one_changes_nothing_and_one_of_nothing_does() -> None:
+    many = [settings("a red circle", s, 4) for s in (1, 2)]
     plain = model().generate_many(many)
-    assert all([t.colour for t in read(run.images[0]).things] == ["red"] for run in plain)
-    assert any(np.abs(a.latents - b.latents).max() > 0.05 for a, b in zip(without, plain, strict=True))
+    for weight, same in ((1.0, True), (0.0, False)):
+        method = PromptToPrompt(cross=0, self_attention=0, weights={"red": weight})
+        found = method.steer(model(), many, ["a red circle"] * 2)
+        for a, b in zip(found, plain, strict=True):
+            assert (np.abs(a.latents - b.latents).max() < 1e-3) == same
 
 
 def test_words_are_aligned_in_their_order_and_added_ones_have_no_place() -> None:
