@@ -18,7 +18,7 @@ from whence.models.steering import Instant, numbers_of
 from whence.run import Run, Settings
 from whence.worlds.shapes.both import PROMPTS, present, random_direction
 
-PROMPT, ONE, OTHER = PROMPTS[1]
+PROMPT, ONE, OTHER = PROMPTS[-1]
 SEEDS = range(20, 23)
 
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ...models.steering import Instant, Steer
 
 PROMPTS: tuple[tuple[str, str, str], ...] = (
-    ("a yellow square and a yellow circle", "square", "circle"),
+    ("a red square and a red circle on sand", "square", "circle"),
+    ("a red square and a red circle on moss", "square", "circle"),
+    ("a yellow square and a yellow circle on sand", "square", "circle"),
     ("a yellow circle and a yellow cross", "circle", "cross"),
-    ("a orange circle and a orange cross", "circle", "cross"),
-    ("a purple circle and a purple cross", "circle", "cross"),
 )
-"""(prompt, object, object): of 72 prompts for two objects of one colour, the four that were drawn right least often at
-three seeds, but for the one on which settings were chosen ("a red square and a red circle")."""
+"""(prompt, object, object): prompts for two objects of one colour that the model drew wrong at five of six other seeds,
+or at all six. Settings were chosen on "a red square and a red circle"."""
 FIRST = 1000
 """Seeds from here on: settings were chosen on smaller ones."""
 
