@@ -105,7 +105,9 @@ def _of_claim(card: Card, measure: Measure, n: int, model: Any, advance: Advance
 
     began = time.perf_counter()
     try:
-        found = measure(load_method(card.name), n, model, advance)
+        # A claim is one step of the whole; what it counts by itself is only told.
+        tell = advance and (lambda _=1, note="": advance(0, note or card.name))
+        found = measure(load_method(card.name), n, model, tell)
     except WhenceError as error:
         return {"word": "not shown", "reason": f"asked: {error.asked}; found: {error.found}"}
     verdict = judge(
