@@ -32,6 +32,13 @@ def test_a_check_is_tested_and_not_tried():
     assert "tests/checks" in row["reason"]
 
 
+def test_the_trial_of_everything_names_the_claims_that_it_leaves_out():
+    brief = proving._Trials(False, None, None, None, brief=True)
+    (row,) = proving._rows("a_star", brief, (None, None), None)
+    assert row["word"] == proving.NOT_NOW
+    assert "whence prove a_star" in row["reason"]
+
+
 def test_an_unknown_method_is_refused_before_any_model_is_loaded(monkeypatch):
     monkeypatch.setattr("whence.verbs.load", lambda: pytest.fail("loaded"))
     with pytest.raises(MethodError, match="'daam'"):

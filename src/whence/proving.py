@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 PICTURES, FULL = 16, 60
 DRAWS, FULL_DRAWS = 6, 20
+BRIEF = 20
+"""Seconds that the trial of a claim may take within the trial of everything."""
+NOT_NOW = "not tried now"
 CHANCE = 0.5
 EXPECT = 0.9
 """What a stranger's explainer must reach on single causes, as our own methods must."""
@@ -380,10 +383,17 @@ def _rows(
         return _bounds(name.removeprefix(BOUNDS), ground, journal, advance, trials.full)
     if ".py:" in name or trials.world or asks_questions(card_of(name)):
         return [_on_questions(name, trials, ground, journal, advance)]
+    card = card_of(name)
+    if trials.brief and measured_by(card) is not None and card.falsifier["seconds"] > BRIEF:
+        if advance:
+            advance(1, name)
+        reason = f"its trial takes {card.falsifier['seconds']} s: `whence prove {name}`, or --full"
+        told = {"method": name, "claim": card.claim, "trial": card.falsifier["trial"]}
+        return [told | {"word": NOT_NOW, "reason": reason}]
     if model is None:
         from .verbs import load
 
-        model = load() if on_trial(card_of(name)) else None
+        model = load() if on_trial(card) else None
     pictures = FULL if trials.full else PICTURES
     piece = (name, "pictures", pictures, model.fingerprint if model else "")
     row = (journal and journal.get(*piece)) or try_method(name, pictures, model, advance)
@@ -422,9 +432,10 @@ def prove(
 
     Pictures are made by ``model``, else by the embedded one. Questions come from the world that the Card names, or from
     ``world``; ``full`` takes as many draws and pictures as the published numbers had. A trial of everything asks each
-    method for the structure of its Card alone; one that is named or ``full``, for all of the world's. ``names`` may be
-    ``file.py:function``, an explainer of yours. ``journal``: a file that keeps finished draws, so that a stopped trial
-    goes on. ``jobs``: processes that share the rows; the numbers do not depend on it.
+    method for the structure of its Card alone, and leaves out claims that take long; one that is named or ``full`` asks
+    for all of the world's structures. ``names`` may be ``file.py:function``, an explainer of yours. ``journal``: a file
+    that keeps finished draws, so that a stopped trial goes on. ``jobs``: processes that share the rows; the numbers do
+    not depend on it.
     """
     cards = catalogue()
     chosen = [n if ".py:" in n else card_of(n).name for n in names]

@@ -76,11 +76,15 @@ def prove(asked: Asked, json: bool) -> None:
 def _record(rows: list[dict[str, Any]], full: bool) -> None:
     """Put rows into the record; those of methods that were not tried now stay as they are, and so do those of the same
     trial that have more replicates."""
+    from ..proving import NOT_NOW
+
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     today = {"date": date.today().isoformat(), "versions": versions}
     kept = json_text.loads(RECORD.read_text(encoding="utf8"))["methods"] if RECORD.exists() else []
     found = {row["method"]: row for row in kept}
     for row in rows:
+        if row["word"] == NOT_NOW:
+            continue
         old = found.get(row["method"], {})
         if old.get("trial") == row.get("trial") and _replicates(old) > _replicates(row):
             told = f"{row['method']}: the record keeps {_replicates(old)} replicates, these are {_replicates(row)}"

@@ -56,7 +56,7 @@ CARD = Card(
         "of the rest changed",
         "expect": 0.95,
         "control": "the same two judgements from the distance of the pixels, and from dice",
-        "seconds": 30,
+        "seconds": 8,
     },
     departs="The paper's pictures are photographs, its eight methods others; its human study is not repeated. "
     "Preservation is the share of traits that stayed, not DINO similarity or FID; for pictures of anything it is a "
