@@ -50,11 +50,11 @@ CARD = Card(
     departs="Equation numbers and the threshold of B (half of the maximum) are from memory. Maps are divided by their "
     "highest value first (``normalise``), which a small model needs; alpha and the share of steered steps are this "
     "model's too. Maps are of the layers with ``size`` places each way. Small-scale.",
-    avoid="To say that it is the objects' attention that has to be pulled apart: on 8 seeds the losses of two words that "
-    "name no object did nearly as well (.53 against .59; unsteered .19, a random direction .09), on the 8 others of the "
-    "trial they did not (.25), so they stand in its details and not among its controls. Where the model draws both "
-    "already: there steering does harm (a third object, a colour that spills). A steered picture is no longer what the "
-    "model gives for its seed, so it is not a Run to replay.",
+    avoid="To say that it is the objects' attention that has to be pulled apart: on 8 seeds the losses of two words "
+    "that name no object did nearly as well (.53 against .59; unsteered .19, a random direction .09), on the 8 others "
+    "of the trial they did not (.25), so they stand in its details and not among its controls. Where the model draws "
+    "both already: there steering does harm (a third object, a colour that spills). A steered picture is no longer "
+    "what the model gives for its seed, so it is not a Run to replay.",
 )
 
 
