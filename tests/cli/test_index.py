@@ -22,7 +22,7 @@ def whence_says(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of the documents about six people, in a file of the user's own."""
     folder = tmp_path_factory.mktemp("index")
-    people = corpus.PEOPLE[:4]
+    people = corpus.PEOPLE[:6]
     rows = [{"text": t} for t in training_set().items if any(p in t for p in people)]
     (folder / "lives.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert run(commands.app, ["index", "facts", str(folder / "lives.jsonl"), "-o", str(folder / "ix"), "--json"]) == 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from wired import REAL, TWIN, wired
+from wired_pipeline import REAL, TWIN, wired
 
 from whence.engine.journal import Journal
 from whence.engine.patch import (

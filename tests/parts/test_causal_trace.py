@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from wired import REAL, TWIN, wired
+from wired_pipeline import REAL, TWIN, wired
 
 from whence.engine.patch import Corruption
 from whence.errors import MethodError, PromptError

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from wired import REAL, wired
+from wired_pipeline import REAL, wired
 
 from whence.errors import MethodError, PromptError
 from whence.inputs.daam import DAAM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from wired import REAL, TWIN, wired
+from wired_pipeline import REAL, TWIN, wired
 
 from whence.engine.patch import Corruption
 from whence.errors import MethodError, PromptError

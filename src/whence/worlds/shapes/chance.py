@@ -1,7 +1,7 @@
 """Chance on `shapes`: the oracle as the judge of a seed, prompts of one kind, and the trial of mined seeds.
 
 >>> judge.check("three red circles"); siblings("three red circles", 2)
-('three blue crosses', 'three purple squares')
+('three orange triangles', 'three orange circles')
 """
 
 from __future__ import annotations
