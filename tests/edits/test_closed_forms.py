@@ -141,7 +141,7 @@ def test_other_families_are_served_or_refused() -> None:
 
 
 def test_a_layer_wrapped_by_lora_gives_what_is_wanted_with_its_adapter(model: Any) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="NOT TRIED with adapters: pip install peft")
     from peft import LoraConfig
 
     own = load(whence.worlds.shapes.model_directory())

@@ -54,7 +54,7 @@ def test_a_key_that_is_both_edited_and_kept_is_a_conflict_in_numbers() -> None:
 
 
 def test_what_an_adapter_and_a_bias_add_is_not_the_matrix_own() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="NOT TRIED with adapters: pip install peft")
     config = peft.LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False)
     wrapped = peft.get_peft_model(block(bias=True), config).base_model.model
     m = matrix("unet", wrapped, "to_k")

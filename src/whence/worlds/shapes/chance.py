@@ -149,7 +149,7 @@ def rectified(prompt: str, image: NDArray[np.uint8]) -> str:
     if asked.relation and len(things) == 2:
         wanted = asked.things[0][:2]
         first, second = sorted(things, key=lambda t: (t.colour, t.shape) != wanted)
-        found = next((r for r in RELATIONS if oracle._holds(r, first, second)), "")
+        found = next((r for r in RELATIONS if oracle.holds(r, first, second)), "")
         names = [nouns[things.index(t)] for t in (first, second)]
         return f"{names[0]} {found} {names[1]}{ground}" if found else ""
     return " and ".join(nouns) + ground

@@ -167,7 +167,7 @@ def parse(caption: str) -> Asked:
     return Asked(tuple(things), relation, background, says_mark(words), says_frame(words), kind)
 
 
-def _holds(relation: str, a: Seen, b: Seen) -> bool:
+def holds(relation: str, a: Seen, b: Seen) -> bool:
     dy, dx = b.y - a.y, b.x - a.x
     along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
     across = dy if relation in RELATIONS[:2] else dx
@@ -189,7 +189,7 @@ def judge(asked: Asked, seen: Reading) -> Mapping[str, bool]:
     relation = True
     if asked.relation and len(asked.things) >= 2:
         first, second = ([t for t in seen.things if t.colour == c] for c, _, _ in asked.things[:2])
-        relation = bool(first and second) and _holds(asked.relation, first[0], second[0])
+        relation = bool(first and second) and holds(asked.relation, first[0], second[0])
     return {
         "objects": want == have,
         "sizes": want == have and sized,
