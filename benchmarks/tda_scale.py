@@ -14,6 +14,8 @@ nothing here is about quality.
 * ``query``: an index of `whence.store` on disk, end to end: scan, both ends, int8 re-score of 2 per cent, half
   from each end; checked and mapped for the first time, then again. ``memory``: the most that is allocated meanwhile.
 * ``cold``: the same after the kernel was told to forget the files (posix_fadvise), beside reading them in full.
+* ``device``: the bits on a GPU, scanned by Triton's kernel, beside the GPU's own limit: adding up the same bytes as
+  64-bit words; the fastest of as many turns. null where there is no GPU or no Triton.
 * ``s3``: the same from a server that speaks S3 on this machine (moto, one Python process), fetched and then kept.
 """
 
@@ -41,7 +43,7 @@ from benchmarks.recording import arguments, publish
 from whence.engine.codes import Numbers, Signs
 from whence.engine.progress import progress
 from whence.engine.randomness import stream, torch_stream
-from whence.engine.scan import Scan, able, compiled, top
+from whence.engine.scan import Scan, able, compiled, on_gpu, top
 from whence.store import Index, Manifest
 
 BITS = Signs({f"layer {i}": (240,) for i in range(8)})
@@ -189,6 +191,38 @@ def scans(n: int, threads: int, repeats: int) -> tuple[list[dict[str, Any]], dic
                     "seconds_at_none": round(float(rest), 5), "farthest_from_the_line": round(float(far), 3),
                 }  # fmt: skip
     return rows, growth
+
+
+def on_device(n: int, repeats: int) -> dict[str, Any] | None:
+    """Scans of codes that lie on a GPU, beside what its memory allows."""
+    if not torch.cuda.is_available() or not on_gpu("cuda"):
+        return None
+    from whence.engine.scan_triton import TritonScan
+
+    device, rows = torch.device("cuda"), []
+    codes = torch.from_numpy(codes_of(BITS, n)).to(device)
+    words = codes.view(-1)[: codes.numel() // 8 * 8].view(torch.int64)
+    works: dict[int, Callable[[], object]] = {0: words.sum}
+    for count in (1, 2, 5, 10):
+        held = TritonScan(BITS, queries_of(BITS, count), device)
+        works[count] = lambda held=held: held.scores(codes)  # type: ignore[misc]
+    best = dict.fromkeys(works, float("inf"))
+    for turn in range(repeats + 3):
+        for count, work in works.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            if turn >= 3:  # before that it is compiled, and memory is found
+                best[count] = min(best[count], start.elapsed_time(end) / 1e3)
+    for count, seconds in list(best.items())[1:]:
+        each = {"queries": count, "seconds": seconds, "gigabytes_per_second": round(codes.numel() / seconds / 1e9, 1)}
+        rows.append({**each, "ratio": round(seconds / best[0], 3)})
+    return {
+        "name": torch.cuda.get_device_name(), "examples": n, "bytes": codes.numel(), "triton": version("triton"),
+        "limit_seconds": best[0], "limit_gigabytes_per_second": round(codes.numel() / best[0] / 1e9, 1), "scan": rows,
+    }  # fmt: skip
 
 
 def build(place: str, n: int, planes: dict[str, Signs | Numbers], **how: Any) -> None:
@@ -349,6 +383,7 @@ def measure(n: int, threads: int, repeats: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     loads = [os.getloadavg()[0]]
     rows, growth = scans(n, threads, repeats)
+    device = on_device(n, repeats)
     with TemporaryDirectory(prefix="tda_scale") as name:
         folder = Path(name)
         found = indexes(n, max(repeats // 3, 2), folder)
@@ -358,7 +393,7 @@ def measure(n: int, threads: int, repeats: int) -> dict[str, Any]:
     return {
         "schema": "whence.benchmark.tda_scale/1", "examples": n, "threads": threads, "repeats": repeats,
         "load_before_and_after": [round(x, 1) for x in loads], "llvmlite": version("llvmlite"),
-        "aim": AIM, "reached": one["ratio"] <= AIM, "scan": rows, "growth": growth, **found, "s3": s3,
+        "aim": AIM, "reached": one["ratio"] <= AIM, "scan": rows, "growth": growth, "device": device, **found, "s3": s3,
         "bytes_per_example": {"bits": BITS.stride, "int8": INT8.stride, "LoGRA in float32": 4 * 2048},
     }  # fmt: skip
 
@@ -380,6 +415,7 @@ def print_tables(result: dict[str, Any]) -> None:
             f"growth, {name}: {g['nanoseconds_per_example']} ns per example and {1e3 * g['seconds_at_none']:.2f} ms; "
             f"farthest from the line {100 * g['farthest_from_the_line']:.0f} %"
         )
+    print(f"on a GPU: {result['device'] or 'there is none here'}")
     for r in result["query"]:
         print(f"index on disk, {r['queries']} queries: {r['memory'] / 2**20:.0f} MiB of memory")
         for name in ("first", "first_unchecked", "again"):

@@ -13,8 +13,9 @@ scores' spread, where taking signs alone has cost over half of it). The other wa
 code shares with binary planes of the query in 64-bit words: four planes took 2.5 times as long here and erred seven
 times more, six planes 3.6 times as long and twice.
 
-The kernel is compiled when it is first needed (llvmlite, a fraction of a second). Where there is no llvmlite or no
-AVX2, and where the codes lie on an accelerator, the same scores come from a matrix product, unquantised.
+The kernel is compiled when it is first needed (llvmlite, a fraction of a second). Codes that lie on a GPU, or queries
+that do, are for Triton's kernel (scan_triton.py), where there is Triton. Where there is none of them, no llvmlite or no
+AVX2, the same scores come from a matrix product, unquantised.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .codes import Rows, Scores
+    from .scan_triton import TritonScan
 
 TILE = 32
 """Examples that the kernel takes at once."""
@@ -50,13 +53,15 @@ TOGETHER = 5
 """Queries that share one transposition; more share nothing that still costs."""
 SMALL = 8192
 """Rows that are not worth a second thread."""
+SENT = 1 << 20
+"""Rows that a GPU scans at once, and is sent at once where they are not there."""
 
 
 class Scan:
     """Queries, prepared to be held against any number of rows of sign bits.
 
     ``error``: by how much a score can differ from ``codec.score``, [query, layer], for examples whose scale is 1 (zero
-    where nothing is quantised; float32 rounding comes on top). ``compiled``: whether the kernel is used.
+    where nothing is quantised; float32 rounding comes on top). ``compiled``: whether the processor's kernel is used.
     """
 
     def __init__(self, codec: Signs, queries: Mapping[str, Tensor]) -> None:
@@ -65,8 +70,12 @@ class Scan:
         bad = (~torch.isfinite(flat)).any(1).nonzero()[:, 0].tolist()
         if bad:
             raise RunError(f"scan for query {bad[0]}", "NaN or infinite coordinates", "finite numbers")
+        self.device = flat.device
         self.compiled = flat.device.type == "cpu" and flat.numel() > 0 and able()
         self.error = np.zeros((len(flat), len(codec.shapes)), np.float32)
+        self._held: dict[torch.device, TritonScan] = {}
+        if on_gpu(self.device.type):
+            self._on(self.device)
         if self.compiled:
             self._tables, self.error = _tables(flat.double().numpy(), codec)
             t = self._tables
@@ -76,8 +85,11 @@ class Scan:
 
     def scores(self, codes: Rows | Tensor) -> Scores:
         """[query, example] of rows [example, stride]."""
-        if not self.compiled or (isinstance(codes, Tensor) and codes.device.type != "cpu"):
-            return self.codec.score(self.queries, codes)
+        device = codes.device if isinstance(codes, Tensor) and codes.device.type != "cpu" else self.device
+        if on_gpu(device.type):
+            return self._there(codes, device)
+        if not self.compiled or device.type != "cpu":
+            return self.codec.score({name: q.to(device) for name, q in self.queries.items()}, codes)
         rows = np.ascontiguousarray(codes.numpy() if isinstance(codes, Tensor) else codes)
         if rows.ndim != 2 or rows.shape[1] != self.codec.stride or rows.dtype != np.uint8:
             found = f"{rows.dtype} codes of shape {rows.shape}"
@@ -99,6 +111,23 @@ class Scan:
         rest[: n - whole * TILE] = rows[whole * TILE :]
         self._run(rest, 0, -(-n // TILE) - whole, out[:, whole * TILE :])
         return out[: len(self.error), :n]
+
+    def _on(self, device: torch.device) -> TritonScan:
+        """The queries as that device needs them."""
+        if device not in self._held:
+            from .scan_triton import TritonScan
+
+            self._held[device] = TritonScan(self.codec, self.queries, device)
+            self.error = np.maximum(self.error, self._held[device].error)
+        return self._held[device]
+
+    def _there(self, codes: Rows | Tensor, device: torch.device) -> Scores:
+        held, found = self._on(device), np.empty((len(self.error), len(codes)), np.float32)
+        for at in range(0, max(len(codes), 1), SENT):
+            part = codes[at : at + SENT]
+            rows = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+            found[:, at : at + len(rows)] = held.scores(rows.to(device)).cpu().numpy()
+        return found
 
     def _run(self, rows: Rows, start: int, stop: int, out: Scores) -> None:
         """Scan tiles ``start`` to ``stop``."""
@@ -170,6 +199,12 @@ def _tables(flat: NDArray[np.float64], codec: Signs) -> tuple[_Tables, NDArray[n
         np.array(ends), np.array(groups), np.array(offsets),
     )  # fmt: skip
     return tables, error[:count]
+
+
+@cache
+def on_gpu(kind: str) -> bool:
+    """Whether codes on this kind of device are for Triton's kernel."""
+    return kind == "cuda" and find_spec("triton") is not None
 
 
 # -- the kernel ---------------------------------------------------------------------------------------------------
