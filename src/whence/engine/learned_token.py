@@ -204,6 +204,7 @@ def learn(
     *,
     penalty: Penalty | None = None,
     attention: bool = False,
+    mapper: nn.Module | None = None,
     settings: Mapping[str, Any] | None = None,
     path: Path | None = None,
     advance: Advance | None = None,
@@ -211,8 +212,9 @@ def learn(
     """Learn words from examples, from the vectors they begin with.
 
     ``objective``: the model's denoising loss (`models/objectives.py`); ``attention``: record the words' maps for the
-    penalty; ``path``: a safetensors file that a stopped training goes on from. Deterministic by ``teaching.seed``.
-    Raises RunError where there is nothing to learn, or ``path`` is of another training.
+    penalty; ``mapper``: a module that gives the vectors of further words, {word: vector}, and is trained with them;
+    ``path``: a safetensors file that a stopped training goes on from. Deterministic by ``teaching.seed``. Raises
+    RunError where there is nothing to learn, or ``path`` is of another training.
     """
     missing = [w for w in vectors if not any(w in split_words(e.caption) for e in examples)]
     if not examples or not vectors or missing or teaching.steps < 1 or teaching.batch < 1:
@@ -220,45 +222,49 @@ def learn(
         found += f", no caption says {', '.join(missing)}" if missing else ""
         raise RunError(f"learn {', '.join(vectors) or 'no word'}", found, "pictures captioned with every new word")
     v = {w: nn.Parameter(x.detach().clone().float()) for w, x in vectors.items()}
-    optimiser = torch.optim.Adam(list(v.values()), lr=teaching.rate)
+    inner = dict(mapper.named_parameters(prefix="mapper")) if mapper else {}
+    taught = {**v, **inner}
+    optimiser = torch.optim.Adam(list(taught.values()), lr=teaching.rate)
     sums = [float(e.latents.double().sum()) + (0 if e.mask is None else float(e.mask.double().sum())) for e in examples]
-    begins = [float(x.double().sum()) for x in vectors.values()]
+    begins = [float(x.double().sum()) for x in (*vectors.values(), *(p.detach() for p in inner.values()))]
     captions = [e.caption for e in examples]
     about = seed_of("learned token", teaching, dict(settings or {}), model.fingerprint, captions, sums, begins)
-    losses = _resumed(path, v, optimiser, about) if path and path.exists() else []
+    losses = resumed(path, taught, optimiser, about) if path and path.exists() else []
     frozen = [(p, p.requires_grad) for m in (objective.module, model.pipeline.text_encoder) for p in m.parameters()]
     fingerprint = model.fingerprint
     began = saved = time.perf_counter()
     try:
         for p, _ in frozen:
             p.requires_grad_(False)
-        with spoken(model, v):
+        said: dict[str, Tensor] = {**v, **(mapper() if mapper else {})}
+        with spoken(model, said):
             for step in range(len(losses), teaching.steps):
                 done = step / teaching.steps
                 optimiser.param_groups[0]["lr"] = teaching.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-                loss = _loss(model, objective, v, examples, teaching, step, penalty, attention)
+                said.update(mapper() if mapper else {})
+                loss = _loss(model, objective, said, examples, teaching, step, penalty, attention)
                 optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                for x in v.values():  # a word that the step did not say stands still, as if it had no moments
+                for x in taught.values():  # a word that the step did not say stands still, as if it had no moments
                     x.grad = None if x.grad is not None and not bool(x.grad.any()) else x.grad
                 optimiser.step()
                 losses.append(float(loss.detach()))
                 if path and (time.perf_counter() - saved > SAVED or step + 1 == teaching.steps):
-                    _save(path, v, optimiser, losses, about)
+                    save_state(path, taught, optimiser, losses, about)
                     saved = time.perf_counter()
                 if advance:
                     advance(1, f"loss {losses[-1]:.3f}")
     finally:
         for p, before in frozen:
             p.requires_grad_(before)
-    end = {w: x.detach().clone() for w, x in v.items()}
+    end = {w: x.detach().clone() for w, x in {**v, **(mapper() if mapper else {})}.items()}
     return Learned(end, fingerprint, model.name, dict(settings or {}), tuple(losses), time.perf_counter() - began)
 
 
-def _loss(
-    model: Any, objective: Any, v: Mapping[str, Tensor], examples: Sequence[Example], teaching: Teaching, step: int,
-    penalty: Penalty | None, attention: bool,
-) -> Tensor:  # fmt: skip
+def noised(
+    objective: Any, examples: Sequence[Example], teaching: Teaching, step: int
+) -> tuple[list[Example], Tensor, Tensor, Tensor]:
+    """The examples of a step, their noised latents x_t, their timesteps and what the denoiser should say of each."""
     rng = stream("learned token", teaching.seed, step)
     # No example twice before all others came once.
     rounds = [rng.permutation(len(examples)) for _ in range(-(-teaching.batch // len(examples)))]
@@ -271,18 +277,36 @@ def _loss(
     alpha = objective.alphas[t].to(x0).view(-1, 1, 1, 1)
     a, b = alpha.sqrt(), (1 - alpha).sqrt()
     want = {"epsilon": noise, "v_prediction": a * noise - b * x0, "sample": x0}[objective.kind]
+    return batch, a * x0 + b * noise, t.to(x0.device), want
+
+
+def error_of(said: Tensor, want: Tensor, batch: Sequence[Example]) -> Tensor:
+    """The squared error of what the denoiser said, where each example's mask has it count."""
+    error = ((said - want) ** 2).mean(1)
+    if any(e.mask is not None for e in batch):
+        ones = torch.ones(error.shape[1:])
+        mask = torch.stack([ones if e.mask is None else e.mask.float() for e in batch]).to(error)
+        error = error * mask / mask.mean((1, 2), keepdim=True).clamp(min=1e-6)
+    return error.mean()
+
+
+def _loss(
+    model: Any, objective: Any, v: Mapping[str, Tensor], examples: Sequence[Example], teaching: Teaching, step: int,
+    penalty: Penalty | None, attention: bool,
+) -> Tensor:  # fmt: skip
+    batch, x_t, t, want = noised(objective, examples, teaching, step)
     captions = list(dict.fromkeys(e.caption for e in batch))
     rows = [captions.index(e.caption) for e in batch]
     condition = model.encode(captions, "", False).condition[rows]
 
     def call() -> Tensor:
-        said: Tensor = objective.module(a * x0 + b * noise, t.to(x0.device), encoder_hidden_states=condition)[0]
+        said: Tensor = objective.module(x_t, t, encoder_hidden_states=condition)[0]
         return said
 
     maps: list[list[LayerMaps]] = []
     if attention:
         scale = model.pipeline.vae_scale_factor
-        layers = model.layers(x0.shape[2] * scale, x0.shape[3] * scale)
+        layers = model.layers(x_t.shape[2] * scale, x_t.shape[3] * scale)
         places = tuple(model.columns(model.words(e.caption)) for e in batch)
         tape = AttentionTape(mode="grad")
         with tape.on(Plan(objective.module, layers, condition, places, 1)):
@@ -290,16 +314,14 @@ def _loss(
         maps = [tape.layers(i) for i in range(len(batch))]
     else:
         said = call()
-    error = ((said - want) ** 2).mean(1)
-    if any(e.mask is not None for e in batch):
-        ones = torch.ones(x0.shape[2:])
-        mask = torch.stack([ones if e.mask is None else e.mask.float() for e in batch]).to(error)
-        error = error * mask / mask.mean((1, 2), keepdim=True).clamp(min=1e-6)
-    loss: Tensor = error.mean()
+    loss = error_of(said, want, batch)
     return loss if penalty is None else loss + penalty(v, batch, maps)
 
 
-def _save(path: Path, v: Mapping[str, Tensor], optimiser: torch.optim.Adam, losses: list[float], about: int) -> None:
+def save_state(
+    path: Path, v: Mapping[str, Tensor], optimiser: torch.optim.Adam, losses: list[float], about: int
+) -> None:
+    """What is taught, its moments and its losses, written whole or not at all."""
     out = {"about": torch.tensor(about), "losses": torch.tensor(losses, dtype=torch.float64)}
     for word, x in v.items():
         out[f"vector/{word}"] = x.detach()
@@ -310,7 +332,7 @@ def _save(path: Path, v: Mapping[str, Tensor], optimiser: torch.optim.Adam, loss
     save_tensors(path, out, len(losses))
 
 
-def _resumed(path: Path, v: Mapping[str, Tensor], optimiser: torch.optim.Adam, about: int) -> list[float]:
+def resumed(path: Path, v: Mapping[str, Tensor], optimiser: torch.optim.Adam, about: int) -> list[float]:
     """Puts vectors and optimiser where a stopped training left them; its losses so far."""
     try:
         kept = load_file(path)
