@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,9 @@ from .progress import Advance
 from .prompts import split_words
 from .randomness import seed_of, stream, torch_stream
 from .training import save_tensors
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SAVED = 30.0
 """Seconds between two states of a training on disk."""
@@ -57,13 +61,15 @@ class Example:
 @dataclass(frozen=True)
 class Teaching:
     """How words are learned: Adam steps of ``batch`` examples, at a ``rate`` that falls to a tenth along a cosine, with
-    timesteps drawn from ``span`` of the schedule, from clean (0) to noise (1)."""
+    timesteps drawn from ``span`` of the schedule, from clean (0) to noise (1), with a density that goes as
+    1 - ``tilt`` cos(pi t): uniform at 0, noisier ones more often up to 1."""
 
     steps: int = 60
     batch: int = 4
     rate: float = 0.01
     span: tuple[float, float] = (0.3, 1.0)
     seed: int = 0
+    tilt: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -269,15 +275,24 @@ def noised(
     # No example twice before all others came once.
     rounds = [rng.permutation(len(examples)) for _ in range(-(-teaching.batch // len(examples)))]
     batch = [examples[i] for order in rounds for i in order][: teaching.batch]
-    low, high = teaching.span
     total = len(objective.alphas)
-    t = torch.from_numpy((low + (high - low) * rng.random(len(batch))) * total).long().clamp(max=total - 1)
+    t = torch.from_numpy(_times(teaching, rng.random(len(batch))) * total).long().clamp(max=total - 1)
     x0 = torch.stack([e.latents for e in batch])
     noise = torch.randn(x0.shape, generator=torch_stream("learned token", teaching.seed, step)).to(x0)
     alpha = objective.alphas[t].to(x0).view(-1, 1, 1, 1)
     a, b = alpha.sqrt(), (1 - alpha).sqrt()
     want = {"epsilon": noise, "v_prediction": a * noise - b * x0, "sample": x0}[objective.kind]
     return batch, a * x0 + b * noise, t.to(x0.device), want
+
+
+def _times(teaching: Teaching, u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Timesteps, of the schedule, for uniform numbers 0..1."""
+    low, high = teaching.span
+    if not teaching.tilt:
+        return low + (high - low) * u
+    t = np.linspace(low, high, 1001)
+    mass = t - teaching.tilt * np.sin(np.pi * t) / np.pi
+    return np.asarray(np.interp(mass[0] + u * (mass[-1] - mass[0]), mass, t))
 
 
 def error_of(said: Tensor, want: Tensor, batch: Sequence[Example]) -> Tensor:
