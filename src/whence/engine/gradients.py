@@ -5,6 +5,9 @@ to its output (g) and what went into it (a). Both are caught by hooks, projected
 multiplied example by example in one batched product; the weights' own gradients are never made. A bias is the last
 column. Exact: equal to autograd on one example at a time up to rounding (tested).
 
+A model of which each rank holds a part (``fully_shard``) is watched as any other, if all ranks ask as often, each about
+examples of its own.
+
 Covered: Linear, transformers' Conv1D, Conv1d to Conv3d (groups too), Embedding, scales and shifts of LayerNorm,
 GroupNorm, RMSNorm and of BatchNorm in evaluation, and linear layers on the nodes of a batch of graphs.
 """
@@ -23,6 +26,7 @@ from torch.nn import functional
 
 from ..errors import MethodError
 from ..objective import Losses, Objective
+from . import ranks
 from .project import EigenProjection, Projection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,7 +55,7 @@ class Caught:
 
 def kind_of(module: nn.Module) -> str | None:
     """How a module's gradient is put together; None where it cannot be."""
-    name = type(module).__name__
+    name = type(module).__name__.removeprefix("FSDP")  # what fully_shard puts before the name
     if isinstance(module, nn.Linear):
         # nn.MultiheadAttention uses the weight of this one without ever calling it.
         return "linear" if name != "NonDynamicallyQuantizableLinear" else None
@@ -104,6 +108,7 @@ class GradientBank:
         self.objective, self.projection = objective, projection
         self.modules: dict[str, nn.Module] = {}
         self.uses: dict[str, Layer] = {}
+        self.sharded = ranks.sharded(objective.module)
         found: list[Layer] = []
         missed: dict[str, int] = {}
         seen: set[int] = set()
@@ -182,35 +187,20 @@ class GradientBank:
         scale, self.stage_scale = self.stage_scale, None
         given = self._gradients([example], self.objective.losses)
         self.stage_scale = scale
-        owned: dict[str, list[Tensor]] = {}
-        for layer in self.layers:
-            module: Any = self.modules[layer.name]
-            owned[layer.name] = [module.weight] + ([module.bias] if layer.bias else [])
-        every = [p for ps in owned.values() for p in ps]
-        flags = [(p, p.requires_grad) for p in self.objective.module.parameters()]
-        try:
-            for p, _ in flags:
-                p.requires_grad_(True)
-            with torch.enable_grad():
-                loss = self.objective.losses([example]).values.sum()
-            if not bool(torch.isfinite(loss)):
-                return  # nothing can be told by this example; the next one is held against autograd
-            grads = iter(torch.autograd.grad(loss, every, allow_unused=True))
-        finally:
-            for p, was in flags:
-                p.requires_grad_(was)
+        grads = self._by_parts(example) if self.sharded else self._by_autograd(example)
+        if grads is None:
+            return  # nothing can be told by this example; the next one is held against autograd
         wrong: list[tuple[Layer, float, float]] = []
         for layer in self.layers:
             with torch.no_grad():
-                weight, *bias = (
-                    torch.zeros_like(p) if g is None else g for p, g in zip(owned[layer.name], grads, strict=False)
-                )
+                weight, *bias = (ranks.whole(g) for g in grads[layer.name])
                 weight = weight.T if layer.kind == "transposed" else weight.reshape(len(weight), -1)
                 true = torch.cat([weight, *(b[:, None] for b in bias)], 1)
                 p_out, p_in = self._side(layer, true)
                 true = true if p_out is None else p_out.T @ true
                 true = true if p_in is None else true @ p_in
-                off, size = float((given[layer.name][0] - true).norm()), float(true.norm())
+                own = given[layer.name][0]
+                off, size = float(((ranks.mean(own) if self.sharded else own) - true).norm()), float(true.norm())
             # Half-precision models and long sums round; a wrong rule is off by its own size.
             if off > 0.02 * size + 1e-6:
                 wrong.append((layer, off, size))
@@ -224,6 +214,57 @@ class GradientBank:
         for layer, *_ in wrong:
             self._drop(layer)
         self._checked = True
+
+    def _by_autograd(self, example: Any) -> dict[str, list[Tensor]] | None:
+        """layer -> autograd's gradient of its weight, and of its bias; None where the loss is not finite."""
+        owned: dict[str, list[Tensor]] = {}
+        for layer in self.layers:
+            module: Any = self.modules[layer.name]
+            owned[layer.name] = [module.weight] + ([module.bias] if layer.bias else [])
+        every = [p for ps in owned.values() for p in ps]
+        flags = [(p, p.requires_grad) for p in self.objective.module.parameters()]
+        try:
+            for p, _ in flags:
+                p.requires_grad_(True)
+            with torch.enable_grad():
+                loss = self.objective.losses([example]).values.sum()
+            if not bool(torch.isfinite(loss)):
+                return None
+            grads = iter(torch.autograd.grad(loss, every, allow_unused=True))
+        finally:
+            for p, was in flags:
+                p.requires_grad_(was)
+        return {
+            name: [torch.zeros_like(p) if g is None else g for p, g in zip(ps, grads, strict=False)]
+            for name, ps in owned.items()
+        }
+
+    def _by_parts(self, example: Any) -> dict[str, list[Tensor]] | None:
+        """The same of weights that ranks hold parts of: these have gradients of a whole backward alone, and of the mean
+        over ranks, each with an example of its own."""
+        model = self.objective.module
+        ranks.reshard(model)
+        before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        try:
+            for p, _, _ in before:
+                p.grad = None
+                p.requires_grad_(True)
+            with torch.enable_grad():
+                loss = self.objective.losses([example]).values.sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            ranks.reshard(model)
+            if ranks.on_any(not bool(torch.isfinite(loss))):
+                return None
+            found: dict[str, list[Tensor]] = {}
+            for layer in self.layers:
+                module: Any = self.modules[layer.name]
+                owned = [module.weight] + ([module.bias] if layer.bias else [])
+                found[layer.name] = [torch.zeros_like(p) if p.grad is None else p.grad for p in owned]
+            return found
+        finally:
+            for p, was, grad in before:
+                p.requires_grad_(was)
+                p.grad = grad
 
     def _drop(self, layer: Layer) -> None:
         """Track a layer no longer."""
@@ -320,7 +361,7 @@ class GradientBank:
             rows = len(found.values)
             self._rows_each = max(rows // max(len(examples), 1), 1)
             again = self._ill(caught, rows, found)
-            if not again:
+            if not (ranks.on_any(again) if self.sharded else again):
                 break
         flat = [(name, c) for name, cs in caught.items() for c in cs]
         grads = torch.autograd.grad(found.values.sum(), [c.y for _, c in flat], allow_unused=True)
@@ -373,7 +414,8 @@ class GradientBank:
 
             return catch
 
-        frozen = [(p, p.requires_grad) for p in self.objective.module.parameters()]
+        # fully_shard makes the weights that a pass sees of the parts; these stay as they are.
+        frozen = [] if self.sharded else [(p, p.requires_grad) for p in self.objective.module.parameters()]
         with ExitStack() as stack:
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_pre_hook(before(name)).remove)

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine.randomness import torch_stream
+from ..engine.ranks import whole
 from ..errors import ModelError, RunError
 from ..objective import Losses
 
 
 def fingerprint_of(module: nn.Module) -> str:
-    """Hash of a module's weights and buffers."""
+    """Hash of a module's weights and buffers, also of one whose ranks hold parts of them: then all have to ask."""
     found = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        raw = whole(value).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         found.update(key.encode() + raw)
     return found.hexdigest()[:16]
 

@@ -76,7 +76,7 @@ def fill(index: Index, where: str, bank: GradientBank, workers: Workers, batch: 
                 host = worker.split(",")[0]
                 if host not in hosts:  # at once, not after hours of work that nobody can see
                     hosts.add(host)
-                    _seen(index, where, read, job, worker)
+                    seen(index, where, read, job, worker)
                 elif time.monotonic() - last > GATHERED:
                     gather(index, where, read)
                     last = time.monotonic()
@@ -84,7 +84,7 @@ def fill(index: Index, where: str, bank: GradientBank, workers: Workers, batch: 
     finally:
         gather(index, where, read)
     for job in index.missing():
-        _seen(index, where, read, job, "one of the workers")
+        seen(index, where, read, job, "one of the workers")
 
 
 def _builder(where: str, load: Callable[[], tuple[Objective, Examples]], layers: tuple[str, ...], batch: int) -> Work:
@@ -152,7 +152,7 @@ def forget(where: str) -> None:
     place.tidy()
 
 
-def _seen(index: Index, where: str, read: dict[str, list[int]], job: Job, worker: str) -> None:
+def seen(index: Index, where: str, read: dict[str, list[int]], job: Job, worker: str) -> None:
     """Raises OutputError where the rows of a range, which a worker wrote, are not to be seen from here."""
     until = time.monotonic() + ARRIVES
     while any(a < job[1] and job[0] < b for a, b in index.missing()):

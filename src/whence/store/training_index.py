@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..engine import ranks
 from ..engine.curvature import KroneckerFisher
 from ..engine.gradients import GradientBank
 from ..engine.influence import (
@@ -233,8 +235,10 @@ def build(
     ``about``: what the manifest should say of where model and data come from; ``judge``: measure on a sample how well
     this form, and the others, agree with EK-FAC (three more passes over the sample); ``workers`` make the rows, in
     place of this process; ``per_shard``: rows of a shard, and of what a worker is given, else chosen by their number.
+    Where ``torch.distributed`` has joined several processes all of them have to call this, and share the rows.
     Raises RunError, OutputError.
     """
+    from . import ranks as by_ranks
     from . import ray_workers
 
     form = Form.of(form) if isinstance(form, str) else form
@@ -242,37 +246,70 @@ def build(
         raise RunError("training examples", "there is none", "one or more")
     if workers is not None:
         workers.check()
+    many = ranks.count()
+    if many > 1:
+        if workers is not None:
+            raise RunError("an index on Ray", f"torch.distributed has joined {many} processes", "one of the two")
+        by_ranks.met(str(place))
     index = _resumed(str(place), objective, examples, form, resume)
-    shelf = _Shelf(str(place), Manifest(
+    manifest = Manifest(
         model=objective.fingerprint(), data=examples.fingerprint(), examples=len(examples), planes={"none": 1},
         method=form.name, code=__version__,
         settings={"form": asdict(form), "layers": list(layers) if layers else None, **dict(about or {})},
-    ), index, per_shard or _per_shard(len(examples), batch, workers))  # fmt: skip
-    with shelf:
+    )  # fmt: skip
+    hands = (workers.count or 8) if workers else many if many > 1 else None
+    per_shard = per_shard or _per_shard(len(examples), batch, hands)
+    if many > 1:
+        ranks.agree(by_ranks.asked_of(str(place)))  # all have seen what is there before the first of them writes
+    if ranks.number():
+        following = by_ranks.Follower(str(place), index)
+        with by_ranks.in_step(by_ranks.asked_of(str(place))):
+            scheme, bank = _learned(following, objective, examples, form, layers, judge)
+            learn(scheme, bank, examples, following, batch)
+        by_ranks.fill(following, scheme, bank, examples, batch)
+        left_out = by_ranks.followed(following, scheme)
+        assert following.index is not None
+        return TrainingIndex(following.index, _fitted(form, scheme, bank, examples, following, left_out), form)
+    with _Shelf(str(place), manifest, index, per_shard) as shelf:
         if index is not None:
             ray_workers.gather(index, str(place))
-        projection = projection_of(form.init, form.size, form.seed, objective, examples, layers, shelf)
-        bank = bank_of(objective, examples, layers, projection)
-        scheme = form.scheme(bank.shapes)
-        if "stages" in shelf.tensors:
-            bank.stage_scale = _tensor(shelf.tensors["stages"])
-        elif bank.stage_scale is not None:
-            shelf.keep({"stages": bank.stage_scale.numpy()})
-        if judge and "trust/names" not in shelf.tensors:
-            exact = _exact(bank, examples)
-            shelf.keep(_as_tensors(judged(bank, examples, form, exact)) | _of_exact(exact, bank))
+        with by_ranks.in_step(by_ranks.asked_of(str(place))) if many > 1 else nullcontext():
+            scheme, bank = _learned(shelf, objective, examples, form, layers, judge)
+            if workers is not None or many > 1:
+                learn(scheme, bank, examples, shelf, batch)
         if workers is not None:
-            learn(scheme, bank, examples, shelf, batch)
             ray_workers.fill(shelf.begin(scheme.planes), str(place), bank, workers, batch)
+        elif many > 1:
+            by_ranks.fill(shelf, scheme, bank, examples, batch)
         elif shelf.index is not None:
             learn(scheme, bank, examples, shelf, batch)
             _close_gaps(scheme, bank, examples, shelf.index, str(place), batch)
         # What is left to do: rows, if there are, and what needs all of them.
         skipped = run(scheme, bank, examples, shelf, batch, "index")
         assert shelf.index is not None
-        if workers is not None or resume:
+        if workers is not None or many > 1 or resume:
             ray_workers.forget(str(place))
+        if many > 1:
+            shelf.index.flush()
+            ranks.agree(f"finish the index {place}")
     return TrainingIndex(shelf.index, _fitted(form, scheme, bank, examples, shelf, tuple(skipped.numbers)), form)
+
+
+def _learned(
+    shelf: Any, objective: Objective, examples: Examples, form: Form, layers: tuple[str, ...] | None, judge: bool
+) -> tuple[Scheme, GradientBank]:
+    """What is learned of a sample before any row is made, or was and is on the shelf."""
+    projection = projection_of(form.init, form.size, form.seed, objective, examples, layers, shelf)
+    bank = bank_of(objective, examples, layers, projection)
+    scheme = form.scheme(bank.shapes)
+    if "stages" in shelf.tensors:
+        bank.stage_scale = _tensor(shelf.tensors["stages"])
+    elif bank.stage_scale is not None:
+        shelf.keep({"stages": bank.stage_scale.numpy()})
+    if judge and "trust/names" not in shelf.tensors:
+        exact = _exact(bank, examples)
+        shelf.keep(_as_tensors(judged(bank, examples, form, exact)) | _of_exact(exact, bank))
+    return scheme, bank
 
 
 def opened(place: str | Path, objective: Objective, examples: Examples) -> TrainingIndex:
@@ -319,10 +356,10 @@ def rows_of(
     return {plane: np.concatenate([p[plane] for p in parts]) for plane in parts[0]}, skipped.numbers
 
 
-def _per_shard(n: int, batch: int, workers: Workers | None) -> int:
-    """Whole batches, so that ranges are cut where one process cuts them; for workers small enough that each gets
-    several."""
-    most = min(SHARD, -(-n // (8 * (workers.count or 8)))) if workers else SHARD
+def _per_shard(n: int, batch: int, hands: int | None) -> int:
+    """Whole batches, so that ranges are cut where one process cuts them; where ``hands`` share them, small enough that
+    each gets several."""
+    most = min(SHARD, -(-n // (8 * hands))) if hands else SHARD
     return batch * max(1, most // batch)
 
 
@@ -344,7 +381,7 @@ def _close_gaps(scheme: Scheme, bank: GradientBank, examples: Examples, index: I
 
 
 def _fitted(
-    form: Form, scheme: Scheme, bank: GradientBank, examples: Examples, shelf: _Shelf, skipped: tuple[int, ...]
+    form: Form, scheme: Scheme, bank: GradientBank, examples: Examples, shelf: Any, skipped: tuple[int, ...]
 ) -> Fitted:
     notes = []
     if bank.coverage < 1:
