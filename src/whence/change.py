@@ -59,6 +59,11 @@ class Goal:
             raise PromptError(f"the change {goal!r}", "both are the same", "two phrases that differ")
         return cls(old, new)
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What ``new`` names: one phrase, or several with bars between ("red circle | blue circle")."""
+        return tuple(part.strip() for part in self.new.split("|") if part.strip())
+
     def __str__(self) -> str:
         return f"{self.old} -> {self.new}"
 

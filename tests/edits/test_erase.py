@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from whence.change import Goal
+from whence.edits import erase
 from whence.edits.erase import Erase
-from whence.errors import MethodError, ModelError
+from whence.errors import MethodError, ModelError, RunError
 from whence.models.loading import load
 from whence.models.tiny import tiny
 
@@ -41,6 +43,26 @@ def test_a_stop_on_the_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(KeyboardInterrupt):
         FEW.plan(model, GOAL)
     assert model.fingerprint == fingerprint
+
+
+def test_a_stopped_training_goes_on_as_the_whole_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = load(tiny("sd")), tmp_path / "erase.safetensors"
+    monkeypatch.setattr(erase, "SAVED", 0.0)
+    method = replace(FEW, steps=3)
+    whole = method.plan(model, GOAL)
+
+    def stop(n: int, note: str = "") -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        method.plan(model, GOAL, path, stop)
+    steps: list[int] = []
+    again = method.plan(model, GOAL, path, lambda n, note="": steps.append(n))
+    assert steps == [1, 1]
+    assert again.key == whole.key
+    assert method.plan(model, GOAL, path).settings == whole.settings
+    with pytest.raises(RunError, match="a training of other settings"):
+        replace(method, rate=1e-4).plan(model, GOAL, path)
 
 
 def test_what_it_cannot_train_is_refused() -> None:

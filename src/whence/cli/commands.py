@@ -398,8 +398,12 @@ def seeds(
 @app.command()
 def edit(
     model: Annotated[str, typer.Argument(help="shapes, emoji, a diffusers directory or a hub id.")],
-    change: Annotated[str, typer.Option(help='What shall be drawn as what: "red -> blue".')],
-    by: Annotated[str, typer.Option(help="diff_quickfix, uce, time or erase.")] = "diff_quickfix",
+    change: Annotated[
+        str, typer.Option(help='What shall be drawn as what: "red -> blue"; "circle -> red circle | blue circle".')
+    ],
+    by: Annotated[
+        str, typer.Option(help="diff_quickfix, uce, time, erase, or uce_debias for shares.")
+    ] = "diff_quickfix",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the change and its report.")] = Path(
         "whence-edit"
     ),
@@ -418,12 +422,19 @@ def edit(
         Path | None, typer.Option(help="Also write an edited copy of the pipeline into this new folder.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is foreseen, and stop.")] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            help="erase, uce_debias: keep steps done here, so that a stopped one goes on.", show_default=False
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Change a model so that prompts with one phrase are drawn as another; foreseen, tried, and undone exactly."""
     from .edit import Asked, edit
 
-    edit(Asked(model, change, by, out, site, keep, tuple(prompt or ()), seeds, relearn, apply, dry_run), json)
+    prompts = tuple(prompt or ())
+    edit(Asked(model, change, by, out, site, keep, prompts, seeds, relearn, apply, dry_run, journal), json)
 
 
 @app.command()

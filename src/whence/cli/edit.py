@@ -35,6 +35,7 @@ class Asked:
     relearn: int = 6
     apply: Path | None = None
     dry: bool = False
+    journal: Path | None = None
 
 
 def planners() -> list[str]:
@@ -57,13 +58,15 @@ def edit(asked: Asked, json: bool) -> None:
         )
     if asked.apply is not None and asked.apply.exists():
         raise OutputError(f"--apply {asked.apply}", "it is there already", "a new folder")
+    if asked.journal is not None and not hasattr(method, "work"):
+        raise MethodError(f"--journal with {asked.by}", "it is done in a second", "leave it out")
     from ..report.folder import check_folder
     from ..verbs import load
 
     check_folder(asked.out)
     model = load(asked.model)
     source = _folder(asked.model) if asked.apply is not None else None
-    change = method.plan(model, goal)
+    change = _planned(method, model, goal, asked)
     if asked.dry:
         print(to_json.dumps(change.record(), indent=2) if json else change)
         return
@@ -105,6 +108,18 @@ def _method(asked: Asked) -> Any:
     return verb(site=asked.site)
 
 
+def _planned(method: Any, model: Any, goal: Goal, asked: Asked) -> Change:
+    """The method's change. One that takes steps or pictures to find shows how far it is, and can be gone on with."""
+    if not hasattr(method, "work"):
+        planned: Change = method.plan(model, goal)
+        return planned
+    from ..engine.progress import progress
+
+    with progress("finding the change", total=method.work, unit=method.pieces) as advance:
+        planned = method.plan(model, goal, path=asked.journal, advance=advance)
+    return planned
+
+
 def _folder(model: str) -> Path:
     """The folder of a model that is copied."""
     if model in ("shapes", "emoji"):
@@ -120,13 +135,19 @@ def _folder(model: str) -> Path:
 def _tried(model: Any, change: Change, asked: Asked) -> EditBundle:
     from ..engine.progress import progress
     from ..report.edit_page import EditBundle
-    from ..worlds.shapes import editing
+    from ..worlds.shapes import debiasing, editing
 
     command = ("whence", *sys.argv[1:]) if len(sys.argv) > 1 else ()
     if asked.seeds and editing.ours(model):
         total = asked.seeds * (2 * len(editing.GROUPS) + 1) + 2 * asked.relearn
+        several = len(change.goal.options) > 1
+        total = asked.seeds * (3 * debiasing.FEW + 2) if several else total
         with progress("trying the change", total=total, unit="pictures") as advance:
-            tried = editing.try_change(model, change, asked.seeds, asked.relearn, advance=advance)
+            tried = (
+                debiasing.try_shares(model, change, asked.seeds, advance=advance)
+                if several
+                else editing.try_change(model, change, asked.seeds, asked.relearn, advance=advance)
+            )
         note = f"Pictures in {editing.STEPS} steps, guidance {editing.GUIDANCE:g}."
         return EditBundle(change, tried.record(), tried.images, tried.verdict, (note,), command)
     if not asked.seeds:

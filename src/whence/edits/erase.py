@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..change import Change, Goal
-from ..errors import MethodError, ModelError
+from ..errors import MethodError, ModelError, RunError
 from ..method import Card
 from ..worlds.shapes.editing import examples
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ..engine.progress import Advance
 
 CARD = Card(
     name="erase",
@@ -45,6 +52,9 @@ CARD = Card(
     avoid="When a closed form serves: it reaches the same within a second.",
 )
 
+SAVED = 30.0
+"""Seconds between two states of a training on disk."""
+
 
 @dataclass(frozen=True)
 class Erase:
@@ -60,14 +70,21 @@ class Erase:
     seed: int = 0
     changes: ClassVar[int] = 1
 
-    def plan(self, model: Any, goal: Goal | str) -> Change:
-        """The change of ``"old -> new"``; the model is back as it was when this returns. Raises MethodError,
-        ModelError, PromptError."""
+    pieces: ClassVar[str] = "steps"
+
+    @property
+    def work(self) -> int:
+        """How many steps a plan takes."""
+        return self.steps
+
+    def plan(self, model: Any, goal: Goal | str, path: Path | None = None, advance: Advance | None = None) -> Change:
+        """The change of ``"old -> new"``; the model is back as it was when this returns. ``path``: a safetensors file
+        that a stopped training goes on from. Raises MethodError, ModelError, PromptError; RunError for the file of
+        another training."""
         import torch
         from torch.nn import functional
 
-        from ..engine.progress import progress
-        from ..engine.randomness import stream, torch_stream
+        from ..engine.randomness import seed_of, stream, torch_stream
         from ..engine.rewording import kept, pairs
         from ..engine.weights import cross_attention
         from ..run import Settings
@@ -108,31 +125,38 @@ class Erase:
                 for w, value in zip(weights, values, strict=True):
                     w.copy_(value)
 
+        about = seed_of("erase", asdict(self), str(goal), [(p.old, p.new) for p in chosen], stays, model.fingerprint)
         try:
-            with progress("erase", total=self.steps, unit="steps") as advance:
-                for step in range(self.steps):
-                    rng, g = stream("erase", self.seed, step), torch_stream("erase", self.seed, step)
-                    pick = torch.from_numpy(rng.integers(0, len(x_0), self.batch))
-                    stay = torch.from_numpy(rng.integers(0, len(c_keep), self.batch))
-                    t = torch.randint(len(scheduler.alphas_cumprod), (self.batch,), generator=g).to(x_0.device)
-                    noise = torch.randn(x_0[pick].shape, generator=g).to(x_0)
-                    x_t = scheduler.add_noise(x_0[pick], noise, t)
-                    tuned = [w.detach().clone() for w in weights]
-                    write(frozen)
-                    with torch.no_grad():
-                        if self.toward == "new":
-                            target = eps(x_t, t, c_new[pick])
-                        else:
-                            free = eps(x_t, t, c_none.expand(self.batch, -1, -1))
-                            target = free - self.eta * (eps(x_t, t, c_old[pick]) - free)
-                        rest = eps(x_t, t, c_keep[stay])
-                    write(tuned)
-                    both = eps(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c_old[pick], c_keep[stay]]))
-                    loss = functional.mse_loss(both, torch.cat([target, rest]))
-                    for w, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-                        w.grad = grad
-                    optimiser.step()
-                    advance()
+            done, last = _resumed(path, weights, optimiser, about) if path and path.exists() else (0, 0.0)
+            saved = time.perf_counter()
+            for step in range(done, self.steps):
+                rng, g = stream("erase", self.seed, step), torch_stream("erase", self.seed, step)
+                pick = torch.from_numpy(rng.integers(0, len(x_0), self.batch))
+                stay = torch.from_numpy(rng.integers(0, len(c_keep), self.batch))
+                t = torch.randint(len(scheduler.alphas_cumprod), (self.batch,), generator=g).to(x_0.device)
+                noise = torch.randn(x_0[pick].shape, generator=g).to(x_0)
+                x_t = scheduler.add_noise(x_0[pick], noise, t)
+                tuned = [w.detach().clone() for w in weights]
+                write(frozen)
+                with torch.no_grad():
+                    if self.toward == "new":
+                        target = eps(x_t, t, c_new[pick])
+                    else:
+                        free = eps(x_t, t, c_none.expand(self.batch, -1, -1))
+                        target = free - self.eta * (eps(x_t, t, c_old[pick]) - free)
+                    rest = eps(x_t, t, c_keep[stay])
+                write(tuned)
+                both = eps(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c_old[pick], c_keep[stay]]))
+                loss = functional.mse_loss(both, torch.cat([target, rest]))
+                for w, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                    w.grad = grad
+                optimiser.step()
+                last = float(loss.detach())
+                if path and (time.perf_counter() - saved > SAVED or step + 1 == self.steps):
+                    _save(path, weights, optimiser, about, step + 1, last)
+                    saved = time.perf_counter()
+                if advance:
+                    advance(1, f"loss {last:.4f}")
             after = {m.name: m.weight.detach().clone() for m in edited}
         finally:
             write(frozen)
@@ -143,6 +167,38 @@ class Erase:
             {"name": n, "edit": 0.0, "keep": 0.0, "size": float((after[n] - w).norm() / w.norm())}
             for n, w in before.items()
         )
-        settings = asdict(self) | {"loss": round(float(loss.detach()), 5)}
+        settings = asdict(self) | {"loss": round(last, 5)}
         return Change("erase", goal, settings, model.name, model.fingerprint, before, after, foreseen,
                       time.perf_counter() - began)  # fmt: skip
+
+
+def _save(path: Path, weights: list[Any], optimiser: Any, about: int, step: int, loss: float) -> None:
+    import torch
+
+    from ..engine.training import save_tensors
+
+    out = {"about": torch.tensor(about), "loss": torch.tensor(loss, dtype=torch.float64)}
+    for i, w in enumerate(weights):
+        state = optimiser.state[w]
+        out |= {f"weight/{i}": w, f"first/{i}": state["exp_avg"], f"second/{i}": state["exp_avg_sq"]}
+    save_tensors(path, out, step)
+
+
+def _resumed(path: Path, weights: list[Any], optimiser: Any, about: int) -> tuple[int, float]:
+    """Puts weights and optimiser where a stopped training left them: the steps it took, and its loss then."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        kept: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"go on with {path}", f"cannot be read: {error}", "another file") from None
+    if int(kept.get("about", torch.tensor(0))) != about:
+        raise RunError(f"go on with {path}", "a training of other settings, prompts or model", "another file")
+    with torch.no_grad():
+        for i, w in enumerate(weights):
+            w.copy_(kept[f"weight/{i}"])
+            first, second = (kept[f"{k}/{i}"].to(w) for k in ("first", "second"))
+            optimiser.state[w] = {"step": kept["step"].float(), "exp_avg": first, "exp_avg_sq": second}
+    return int(kept["step"]), float(kept["loss"])

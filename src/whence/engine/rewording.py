@@ -62,6 +62,8 @@ def reword(prompt: str, old: str, new: str) -> str | None:
 def pairs(model: Any, goal: Asked, prompts: Sequence[str] = ()) -> tuple[Pair, ...]:
     """Each prompt that has the old phrase, said both ways: those of the goal, else ``prompts``, else TEMPLATES. Raises
     PromptError where none of the goal's has it, and for words that the model never saw."""
+    if "|" in goal.new:
+        raise PromptError(f"{goal.old!r} as {goal.new!r}", "several phrases", "one; several get shares by uce_debias")
     for phrase in (goal.old, goal.new):
         model.words(phrase)
     chosen = goal.prompts or tuple(prompts) or tuple(t.format(goal.old) for t in TEMPLATES)

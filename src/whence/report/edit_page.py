@@ -29,6 +29,7 @@ GROUPS = {
     "paraphrases": "the same in other kinds of captions: counts, relations, three objects",
     "neighbours": "prompts of other words of its kind show what they ask for",
     "unrelated": "number, shapes, places and background in prompts without the phrase",
+    "named": "prompts that name one of the phrases show it",
 }
 
 
@@ -66,7 +67,7 @@ def edit_html(bundle: EditBundle) -> str:
     v = verdict_parts(bundle.verdict) if bundle.verdict else None
     return environment().get_template("edit_page.jinja").render(
         css=style("parts.css"), own=style("edit_page.css"), version=__version__, goal=str(change.goal),
-        claim=f"prompts with “{change.goal.old}” are drawn as “{change.goal.new}”",
+        claim=v["claim"] if v else f"prompts with “{change.goal.old}” are drawn as “{change.goal.new}”",
         evidence=f"{change.method}: {change.extent}; foreseen before "
         f"anything changed: {1 - p['edit']:.0%} of the way there, kept values move by {p['keep']:.1%}",
         intervention=v["intervention"] if v else "the model with the change and without it, at the same seeds",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ATTRIBUTES = ("background", "frame", "mark", "number", "place", "colour", "shape", "size")
 CLOSE = 8.0
 STEPS, PICTURES, STRENGTH, UNTIL, BATCH = 8, 32, 2.0, 0.8, 16
+FIRST = 100
+"""Pictures from this number on: settings were chosen, and an undecided trial held, on smaller ones."""
 LEARNING = {"directions": 6, "steps": 30, "rate": 0.1}
 MOST = 8.0
 """The strongest a random direction is applied to change as much as a learned one."""
@@ -86,8 +88,10 @@ def measure(verb: Any, replicates: int, model: Any = None, advance: Advance | No
     learned = verb(**LEARNING).fit(model, pictures, advance=advance)
     random = learned.random("trial")
     kinds = ("one", "two")
-    asked = [draw_scene(stream("directions", "asked", i), kinds[i % 2], plain=True).caption for i in range(replicates)]
-    many = [Settings(p, seed_of("directions", i) % 2**31, STEPS, 2.0, 64, 64) for i, p in enumerate(asked)]
+    numbers = range(FIRST, FIRST + replicates)
+    asked = [draw_scene(stream("directions", "asked", i), kinds[i % 2], plain=True).caption for i in numbers]
+    seeds = [seed_of("directions", i) % 2**31 for i in numbers]
+    many = [Settings(p, seed, STEPS, 2.0, 64, 64) for p, seed in zip(asked, seeds, strict=True)]
     before = [oracle.read(r.images[0]) for r in model.generate_many(many, batch=BATCH)]
 
     def effects(directions: Any, strengths: Sequence[float]) -> list[list[frozenset[str]]]:
