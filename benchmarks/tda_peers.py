@@ -103,9 +103,14 @@ FORMS: dict[str, tuple[str, dict[str, Any], bool]] = {
 }  # fmt: skip
 """work -> (what it is, its Form, whether it is judged while it is built)."""
 EXACT = System("whence ekfac", OURS, "ekfac", "EK-FAC: nothing kept of an example, all gradients taken anew")
+PASSES = System(
+    "forward and backward", OURS, "passes", "no answer: what every gradient costs, the model's passes alone"
+)
+"""The physical limit of a build that sees each example once, and of a query."""
 SYSTEMS = (
     *(System(f"whence {work}", OURS, work, said) for work, (said, *_) in FORMS.items()),
     EXACT,
+    PASSES,
     System("Kronfluence", "kronfluence", "ekfac", "EK-FAC, damping by its rule of a tenth of the mean eigenvalue"),
     System("TRAK", "trak", "trak", "512 numbers of all gradients, below the number of examples; one block in memory"),
     System("Bergson", "bergson", "plain", "16 x 16 numbers a layer, inner products"),
@@ -285,7 +290,23 @@ def ours(folder: str) -> Works:
     def exact() -> Mapping[str, Any]:
         return {"scores": held["ekfac"].scores(queries)}
 
+    def passes(texts: Sequence[str]) -> Mapping[str, Any]:
+        """The losses and their gradients in the states that weights are multiplied with; no weight has one."""
+        import torch
+
+        from whence.engine.influence import BATCH
+
+        model = objective.module
+        for i in range(0, len(texts), BATCH):
+            rows = torch.tensor([list(map(ord, t)) for t in texts[i : i + BATCH]])
+            states = model.get_input_embeddings()(rows).detach().requires_grad_()
+            logits = model(inputs_embeds=states, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+            torch.autograd.grad(loss, states)
+        return {}
+
     found: dict[str, Any] = {"build ekfac": factors, "query ekfac": exact}
+    found |= {"build passes": lambda: passes(train), "query passes": lambda: passes(queries)}
     for name in FORMS:
         found |= works(name)
     return found
@@ -326,7 +347,7 @@ def one_turn(side: Side, work: str) -> dict[str, Any]:
     if asked[0]["cpu"] < QUICK:
         asked = [side.turn(f"query {work}") for _ in range(3)]
     found |= asked[0]["found"]
-    if "scores" not in found:
+    if "scores" not in found and work != PASSES.work:
         found |= side.turn(f"scores {work}")["found"]
     found["build"] = [built["cpu"], built["wall"]]
     found["query"] = [[a["cpu"], a["wall"]] for a in asked]
@@ -430,12 +451,13 @@ def table(turns: Mapping[str, list[dict[str, Any]]], packages: Mapping[str, str]
         for key, said in (("bytes", "bytes per example"), ("files", "bytes of all files per example")):
             if key in own[0]:
                 row[said] = round(float(own[0][key]), 1)
-        row["agreement"] = {
-            said: agreement(own[0]["scores"], turns[ref][0]["scores"])
-            for ref, said in REFERENCES.items()
-            if ref in turns and ref != name
-        }
         rows[name] = row
+        if "scores" in own[0]:
+            row["agreement"] = {
+                said: agreement(own[0]["scores"], turns[ref][0]["scores"])
+                for ref, said in REFERENCES.items()
+                if ref in turns and ref != name
+            }
     some = next(iter(turns.values()))[0]["scores"]
     chance = stream("tda_peers", "chance").normal(size=some.shape)
     rows["random scores"] = {
@@ -449,7 +471,7 @@ def table(turns: Mapping[str, list[dict[str, Any]]], packages: Mapping[str, str]
 def against(turns: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Our seconds beside the fastest peer's, round by round, on both clocks."""
     peers = [s.name for s in SYSTEMS if s.side != OURS and s.name in turns]
-    forms = [s.name for s in SYSTEMS if s.side == OURS and s != EXACT and s.name in turns]
+    forms = [s.name for s in SYSTEMS if s.side == OURS and s not in (EXACT, PASSES) and s.name in turns]
     if not peers:
         return {}
 
@@ -470,10 +492,20 @@ def against(turns: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
             if asked:
                 pair = zip(query(name, i), query(asked, i), strict=False)
                 row[f"query / {asked}, {clock}"] = summary([a / b for a, b in pair], 3)
+            if PASSES.name in turns:
+                for work, seconds in (("build", build), ("query", query)):
+                    pair = zip(seconds(name, i), seconds(PASSES.name, i), strict=False)
+                    row[f"{work} / {PASSES.name}, {clock}"] = summary([a / b for a, b in pair], 3)
         row["build aim reached"] = row[f"build / {fastest}, cpu"]["median"] <= BUILD_AIM
         if asked:
             row["query aim reached"] = row[f"query / {asked}, cpu"]["median"] <= QUERY_AIM
         found[name] = row
+    if PASSES.name in turns:
+        ratio = [a / b for a, b in zip(build(PASSES.name, 0), build(fastest, 0), strict=False)]
+        found[f"{PASSES.name} / {fastest}"] = {"build, cpu": summary(ratio, 3)}
+        if asked:
+            ratio = [a / b for a, b in zip(query(PASSES.name, 0), query(asked, 0), strict=False)]
+            found[f"{PASSES.name} / {fastest}"]["query, cpu"] = summary(ratio, 3)
     return {"aims": {"build": BUILD_AIM, "query": QUERY_AIM}, **found}
 
 
@@ -482,7 +514,7 @@ def datamodelling(turns: Mapping[str, list[dict[str, Any]]], kept: np.ndarray, o
     from whence.checks.lds import correlations
     from whence.engine.randomness import stream
 
-    values = {name: correlations(own[0]["scores"], kept, outputs) for name, own in turns.items()}
+    values = {n: correlations(own[0]["scores"], kept, outputs) for n, own in turns.items() if n != PASSES.name}
     some = next(iter(turns.values()))[0]["scores"]
     values["random scores"] = correlations(stream("tda_peers", "lds").normal(size=some.shape), kept, outputs)
     peers = [s.name for s in SYSTEMS if s.side != OURS and s.name in values]
@@ -535,7 +567,7 @@ def main() -> None:
     if halves:
         judged = Rounds(folder_of(lds, options.work), turns / "lds")
         kept, outputs = retrained(lds, options.work, halves, seeds)
-        scored = judged.run(systems, 1)
+        scored = judged.run([s for s in systems if s != PASSES], 1)
         result["lds"] = {"model": asdict(lds), "seeds": seeds, **datamodelling(scored, kept, outputs)}
         result["lds"]["agreement"] = {name: row["agreement"] for name, row in table(scored, judged.package).items()}
     else:
