@@ -39,9 +39,13 @@ def _by_unit(question: White) -> tuple[Scores, Scores]:
 
 def _one_number(background: Scores) -> Scores:
     """The first principal component of each unit's entries, [row, unit], of either sign."""
-    centred = background - background.mean(0)
-    axes = np.linalg.eigh(np.einsum("rue,ruf->uef", centred, centred))[1][..., -1]
-    return np.asarray(np.einsum("rue,ue->ru", centred, axes))
+    centred = (background - background.mean(0)).swapaxes(0, 1)  # [unit, row, entry]
+    if centred.shape[2] <= centred.shape[1]:
+        axes = np.linalg.eigh(centred.swapaxes(1, 2) @ centred)[1][..., -1:]
+        return np.asarray((centred @ axes)[..., 0].T)
+    # Fewer rows than entries: the same numbers are the first eigenvector of the smaller matrix, of the rows.
+    values, vectors = np.linalg.eigh(centred @ centred.swapaxes(1, 2))
+    return np.asarray((vectors[..., -1] * np.sqrt(np.maximum(values[:, -1:], 0))).T)
 
 
 def _cosine(a: Scores, b: Scores) -> Scores:
