@@ -10,6 +10,7 @@ paired by replicate, with ``expect - chance`` as the smallest gain worth having,
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -474,15 +475,33 @@ def _worlds_of(names: Iterable[str]) -> list[str]:
     return sorted({str(c.falsifier["trial"]).partition(".")[0] for c in map(card_of, names) if asks_questions(c)})
 
 
+def _end_with_parent() -> None:
+    """In a process that was started by another: end when that one does, also where it could not say so any more."""
+    from multiprocessing import connection, parent_process
+    from threading import Thread
+
+    parent = parent_process()
+    assert parent
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance | None) -> dict[str, Any]:
     """Rows from several processes."""
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
+    from multiprocessing.managers import SyncManager
     from threading import Thread
 
     context = get_context("spawn")  # a forked process may hang in the threads that torch began before
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_parent)
+    with manager:
         steps = manager.Queue()
 
         def tell() -> None:
@@ -492,7 +511,7 @@ def _spread(tasks: Sequence[str], trials: _Trials, jobs: int, advance: Advance |
 
         teller = Thread(target=tell, daemon=True)
         teller.start()
-        workers = ProcessPoolExecutor(min(jobs, len(tasks)), context)
+        workers = ProcessPoolExecutor(min(jobs, len(tasks)), context, _end_with_parent)
         try:
             begun = [
                 workers.submit(_rows_elsewhere, together, trials, steps) for together in _shares(tasks, trials, jobs)
