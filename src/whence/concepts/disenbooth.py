@@ -52,11 +52,11 @@ CARD = Card(
     claim="Tuned to pictures of a thing on different grounds, the model draws the thing on the ground that a prompt "
     "has, the usual one where it names none, more often than after plain low-rank tuning in as many steps.",
     falsifier={
-        "trial": "shapes.subjects.disentangled",
-        "planted": "a colour and a shape in four drawn pictures, each on a ground of its own that no caption says",
-        "expect": 0.3,
-        "control": "plain low-rank tuning in as many steps, tuning to another subject, the word untuned",
-        "seconds": 270,
+        "status": "not shown",
+        "reason": "it is no better than plain tuning here. By shapes.subjects.disentangled, eight subjects, 45 steps: "
+        "thing and the prompt's ground in .27 [.09, .45] of the pictures, and in .27 [.12, .42] after plain low-rank "
+        "tuning; 0 when tuned to another subject. It trades one for the other: the plain ground where none is named in "
+        "10 of 16 pictures against 0 of 16, the thing in .31 of all against .54.",
     },
     departs="Equations from memory and the paper's summary, not its code. The latents of the model's own autoencoder "
     "on a coarse grid stand for the CLIP image encoder's feature, which the model lacks; the MLP has no skip "
