@@ -81,6 +81,27 @@ def test_the_attention_loss_falls_as_words_are_looked_for_in_their_masks() -> No
     assert loss(0) == 0 < loss(2)
 
 
+def test_the_trial_of_words_gives_those_that_learned_nothing_nothing(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(several, "TEACHING", {"steps": 1, "batch": 1, "rate": 0.0})
+    monkeypatch.setattr(several, "STEPS", 3)
+    monkeypatch.setattr(several, "EACH", 1)
+    found = several.crafted(AttenCraft, 2, model)
+    assert set(found.controls) == {"random clusters", "the nouns alone"}
+    assert found.values == found.controls["random clusters"]
+    assert np.mean(found.values) < 0.5
+
+
+def test_the_trial_of_masks_sees_through_masks_of_other_nouns(model: Any) -> None:
+    class Swapped(AttenCraft):
+        def localise(self, model: Any, picture: Any, nouns: Any) -> Any:
+            return super().localise(model, picture, nouns)[::-1]
+
+    found = several.located(Swapped, 4, model)
+    assert np.mean(found.values) < np.mean(found.controls["another noun's mask"])
+
+
 def test_bad_input_is_refused(model: Any) -> None:
     picture, _ = render(several.scene(0))
     with pytest.raises(RunError, match="two or more"):

@@ -57,20 +57,23 @@ CARD = Card(
     works_on=("Stable Diffusion 1 and 2",),
     needs=("cross-attention",),
     cost="four denoiser rows for the masks; steps x batch rows with gradients to learn the words",
-    claim="The word of a thing gives its colour, and not that of the picture's other thing, to its own noun and to "
-    "another one, more often than a word learned on a random cluster of the mask's size or the noun alone.",
+    claim="The places that the model's own attention gives to a noun overlap the thing of that name on a picture of "
+    "several, more than another noun's mask or random clusters of equal sizes do.",
     falsifier={
-        "trial": "shapes.several.crafted",
-        "planted": "two objects of a drawn picture, their colours, which no caption says, and their masks",
-        "expect": 0.6,
-        "control": "words learned on random clusters of equal sizes, the nouns alone",
-        "seconds": 270,
+        "trial": "shapes.several.located",
+        "planted": "two objects of a drawn picture and their masks, by the nouns of their shapes",
+        "expect": 0.5,
+        "control": "random clusters of equal sizes, the mask of the other noun",
+        "seconds": 20,
     },
     departs="Written from the abstract and what is remembered of the paper: exponents, threshold and the rule of the "
     "shares are this file's. The words alone are learned, not the denoiser's weights. Cross-attention of the grid "
     "below the finest, self-attention of the finest. Masks of the denoising loss are widened by a place, as the grid "
     "is coarse, and the loss is divided by their area.",
-    avoid="Two things of one class, or a class that the model does not know: the nouns find nothing apart.",
+    avoid="Not shown: that words gain by the masks. On the embedded model a word gave its own thing's colour, not the "
+    "other's, in .77 [.52, 1.00] of the pictures, on random clusters in .42 [.14, .70], by its noun alone in .14, and "
+    "trained together without masks in .97 [.92, 1.00] (8 pictures, `several.crafted`): captions with both nouns keep "
+    "words apart there already. Two things of one class, or a class that the model does not know: nouns find nothing.",
 )
 SAMPLING = ("together", "uniform", "reweighted")
 COPIES = 8

@@ -74,8 +74,7 @@ def crafted(verb: Any, replicates: int, model: Any = None, advance: Advance | No
     many as ``replicates``, as each is learned on three times).
 
     Controls: the words learned on random clusters of the masks' sizes, and the nouns alone. In the details: the words
-    of the same captions trained together without masks and attention loss, as long (``unmasked``), and how well masks
-    overlap the objects, on twice ``replicates`` pictures, with random clusters of equal sizes beside them.
+    of the same captions trained together without masks and attention loss, as long (``unmasked``).
     """
     if model is None:
         from ... import load
@@ -105,7 +104,6 @@ def crafted(verb: Any, replicates: int, model: Any = None, advance: Advance | No
     details = {
         "unmasked": Score.of("unmasked", "share of pictures", unmasked).record(),
         "above_unmasked": Score.of("above unmasked", "share of pictures, paired", more.tolist()).record(),
-        "masks": located(verb, model, replicates),
     }
     return Measured(
         "own colour given, not the other's", "share of pictures", "picture", tuple(arms.pop("learned")),
@@ -113,22 +111,33 @@ def crafted(verb: Any, replicates: int, model: Any = None, advance: Advance | No
     )  # fmt: skip
 
 
-def located(verb: Any, model: Any, each: int) -> dict[str, Any]:
-    """On ``each`` pictures of two and of three objects: the mean overlap of an object with its noun's mask, and with a
-    random cluster of that size, picture by picture."""
-    details: dict[str, Any] = {}
-    for kind in ("two", "three"):
-        found, chance = [], []
-        for i in range(FIRST, FIRST + each):
-            drawn = scene(i, kind)
-            picture, truth = render(drawn)
-            masks = verb().localise(model, picture, [t.shape for t in drawn.things])
-            own = [on_grid(truth[f"thing{k}"], masks.shape[1]) for k in range(len(masks))]
-            random = scattered(masks, i)
-            found.append(float(np.mean([overlap(m, o) for m, o in zip(masks, own, strict=True)])))
-            chance.append(float(np.mean([overlap(m, o) for m, o in zip(random, own, strict=True)])))
-        unit = "intersection over union"
-        details[kind] = {
-            "overlap": Score.of(kind, unit, found).record(), "of_random": Score.of(kind, unit, chance).record(),
-        }  # fmt: skip
-    return details
+def _overlaps(verb: Any, model: Any, each: int, kind: str) -> dict[str, list[float]]:
+    """Mean overlap of an object with its noun's mask, with the next noun's, and with a random cluster of that size,
+    picture by picture."""
+    found: dict[str, list[float]] = {"own": [], "another noun's mask": [], "random clusters": []}
+    for i in range(FIRST, FIRST + each):
+        drawn = scene(i, kind)
+        picture, truth = render(drawn)
+        masks = verb().localise(model, picture, [t.shape for t in drawn.things])
+        own = [on_grid(truth[f"thing{k}"], masks.shape[1]) for k in range(len(masks))]
+        for arm, tried in zip(found, (masks, np.roll(masks, 1, 0), scattered(masks, i)), strict=True):
+            found[arm].append(float(np.mean([overlap(m, o) for m, o in zip(tried, own, strict=True)])))
+    return found
+
+
+def located(verb: Any, replicates: int, model: Any = None, advance: Advance | None = None) -> Measured:
+    """How well nouns' masks overlap their objects, on pictures of two; three in the details.
+
+    Controls: the mask of another noun, and random clusters of equal sizes."""
+    if model is None:
+        from ... import load
+
+        model = load()
+    found = _overlaps(verb, model, replicates, "two")
+    three = _overlaps(verb, model, replicates, "three")
+    unit = "intersection over union"
+    return Measured(
+        "overlap of a noun's mask with its object", unit, "picture", tuple(found.pop("own")),
+        {name: tuple(values) for name, values in found.items()}, 0.0,
+        {"three": {name: Score.of(name, unit, values).record() for name, values in three.items()}},
+    )  # fmt: skip
