@@ -1,11 +1,12 @@
 """Which form of a training index agrees with training again, at how many bytes per example?
 
-*digits*: the world of that name, a small net on 1,000 of scikit-learn's digits. Linear datamodelling score (LDS): over
-100 random halves of the data, each trained on with 2 seeds, Spearman's correlation of the summed scores of a half with
-what training on it made of the right class's log-odds; mean over 100 queries, 95 % interval over queries. Beside it
-what each form loses to LoGRA of 16 x 16 and of 32 x 32, query by query, and how many times fewer bytes it takes than
-these in float32, as published tools keep them. Leave-k-out: for 40 queries the net is trained again, with 2 seeds, without
-the 50 examples that a form puts first: the fall of the right class's log-odds, less that without 50 drawn at random.
+*digits*: the world of that name, a small net on 1,000 of scikit-learn's digits. Linear datamodelling score (LDS):
+over 100 random halves of the data, each trained on with 2 seeds, Spearman's correlation of the summed scores of a
+half with what training on it made of the right class's log-odds; mean over 100 queries, 95 % interval over queries.
+Beside it what each form loses to LoGRA of 16 x 16 and of 32 x 32, query by query, and how many times fewer bytes it
+takes than these in float32, as published tools keep them. Leave-k-out: for 40 queries the net is trained again, with
+2 seeds, without the 50 examples that a form puts first: the fall of the right class's log-odds, less that without 50
+drawn at random.
 
 *facts*: the embedded language model's 427 documents. For each of 24 people, "Where was X born?" is asked: R-precision
 and hit@1 of the documents that state the town, and how often these score above documents that name the same person for
