@@ -70,6 +70,8 @@ def test_ctrl_c_ends_an_index_on_ray_and_it_goes_on_to_the_same_rows(tmp_path: P
     others = family(process)
     assert any("raylet" in p.name() for p in others)
     os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)  # nobody waits for Ray to end
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err

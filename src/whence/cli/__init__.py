@@ -5,6 +5,7 @@ Exit codes: 0; 2 for input that cannot be served (three lines on standard error)
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point ``whence``. Always ends by SystemExit."""
     from .commands import app
 
-    sys.exit(run(app, arguments))
+    code = run(app, arguments)
+    if code == 130:  # a second Ctrl-C while Python ends would be told as an error of it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run(app: object, arguments: Sequence[str] | None = None) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
@@ -273,7 +275,7 @@ def _joined(workers: Workers) -> Iterator[Any]:
     # Ray prints on standard output that a worker died: where --json may stand.
     stack = ExitStack()
     stack.enter_context(redirect_stdout(sys.stderr))
-    stack.callback(ray.shutdown)
+    stack.callback(_leave, ray)
     with stack:
         try:
             ray.init(**how)
@@ -282,6 +284,17 @@ def _joined(workers: Workers) -> Iterator[Any]:
             found = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             raise RunError(asked, found, "a Ray of the same version that runs (`ray start --head`), or local") from None
         yield ray
+
+
+def _leave(ray: Any) -> None:
+    """End what was started here. That takes seconds: a second Ctrl-C must not leave half of it running."""
+    at_keyboard = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if at_keyboard else None
+    try:
+        ray.shutdown()
+    finally:
+        if at_keyboard:
+            signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 
 def _ray() -> Any:
