@@ -52,12 +52,17 @@ CARD = Card(
         "planted": "a relation that the pictures share and no caption says; its own word is not among the prepositions",
         "expect": 0.5,
         "control": "the word it began with, a random vector of equal norm, a word learned from another relation",
-        "seconds": 270,
+        "seconds": 230,
+        "status": "not shown",
+        "reason": "New things stood in the relation in .30 [.20, .39] of the pictures (8 draws of 8 pictures), with "
+        "the word it began with in .20 [.05, .36], with a word of another relation in .16, with the denoising loss "
+        "alone in .28: far from the .72 of the model's own words (four other draws). No colour of theirs leaked.",
     },
     departs="Written from what is remembered of the paper and its abstract. Vectors are compared by their cosines, all "
     "prepositions that the model has as one token at each step instead of a sample; N is the captions' own words and, "
     "where the model's words are known, all others. Some tens of Adam steps; any prediction type.",
-    avoid="Pictures of the same two things, or captions that leave one out: the word learns the thing.",
+    avoid="A world where captions name the things: the plain word copies none, so that there is nothing to win by "
+    "steering. Pictures of the same two things, or captions that leave one out: the word learns the thing.",
 )
 PREPOSITIONS = (
     "aboard", "about", "above", "across", "after", "against", "along", "among", "around", "at", "before", "behind",
