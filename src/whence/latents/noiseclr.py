@@ -63,9 +63,10 @@ CARD = Card(
         "control": "random directions of equal norm, and random ones that change the noise as much",
         "seconds": 140,
         "status": "not shown",
-        "reason": "It beats random directions of equal norm, not random ones made as strong as the learned. 60 pictures "
-        "each of two trainings, six directions: .26 and .26 change the attribute of their name alone, random ones of "
-        "equal norm .12 and .11, random ones of equal change .21 and .26 (an earlier look at 16 had .26, .08, .15).",
+        "reason": "It beats random directions of equal norm, not random ones made as strong as the learned. 60 "
+        "pictures each of two trainings, six directions: .26 and .26 change the attribute of their name alone, random "
+        "ones of equal norm .12 and .11, random ones of equal change .21 and .26 (an earlier look at 16 had .26, .08, "
+        ".15).",
     },
     departs="Small-scale: few directions, some tens of steps, one timestep a step. A direction is an offset to the "
     "states of the empty prompt, all tokens of it. Two of six directions draw another background in every picture, one "
