@@ -59,7 +59,7 @@ def test_each_picture_has_attribute_words_of_its_own_and_a_training_goes_on(
 
     path = tmp_path / "words.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("whence.engine.learned_token.SAVED", -1.0)
+        patch.setattr("whence.engine.descent.SAVED", -1.0)
         with pytest.raises(KeyboardInterrupt):
             method.fit(model, *pictures, path=path, advance=stop)
     again = method.fit(model, *pictures, path=path)

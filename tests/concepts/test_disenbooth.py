@@ -78,7 +78,7 @@ def test_a_training_goes_on_where_it_was_stopped(model: Any, pictures: Any, tmp_
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("whence.engine.low_rank.SAVED", -1.0)
+        patch.setattr("whence.engine.descent.SAVED", -1.0)
         with pytest.raises(KeyboardInterrupt):
             method.fit(model, pictures, path, stop)
     assert not any(m._forward_hooks for m in model.denoiser.modules())

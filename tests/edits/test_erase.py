@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from whence.change import Goal
-from whence.edits import erase
 from whence.edits.erase import Erase
+from whence.engine import descent
 from whence.errors import MethodError, ModelError, RunError
 from whence.models.loading import load
 from whence.models.tiny import tiny
@@ -47,7 +47,7 @@ def test_a_stop_on_the_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_stopped_training_goes_on_as_the_whole_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = load(tiny("sd")), tmp_path / "erase.safetensors"
-    monkeypatch.setattr(erase, "SAVED", 0.0)
+    monkeypatch.setattr(descent, "SAVED", 0.0)
     method = replace(FEW, steps=3)
     whole = method.plan(model, GOAL)
 

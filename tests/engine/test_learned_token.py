@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import whence
-from whence.engine import learned_token
+from whence.engine import descent
 from whence.engine.learned_token import Example, Learned, Teaching, learn, spoken, start
 from whence.errors import ModelError, PromptError, RunError
 from whence.models.loading import load as load_pipeline
@@ -90,7 +90,7 @@ def test_learning_is_deterministic_and_goes_on_after_a_stop(
     def stop(n: int = 1, note: str = "") -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(learned_token, "SAVED", -1.0)
+    monkeypatch.setattr(descent, "SAVED", -1.0)
     path = tmp_path / "word.safetensors"
     with pytest.raises(KeyboardInterrupt):
         learned(model, examples, path=path, advance=stop)

@@ -82,14 +82,14 @@ def test_a_stopped_training_goes_on_to_the_same_directions(model: Any, found: Di
 
     pictures, path = [render(draw_scene(i))[0] for i in range(3)], tmp_path / "d.safetensors"
     method = NoiseCLR(directions=2, pictures=2, steps=2)
-    from whence.latents import noiseclr
+    from whence.engine import descent
 
-    noiseclr.SAVED, before = -1.0, noiseclr.SAVED
+    descent.SAVED, before = -1.0, descent.SAVED
     try:
         with pytest.raises(KeyboardInterrupt):
             method.fit(model, pictures, path, stop)
     finally:
-        noiseclr.SAVED = before
+        descent.SAVED = before
     again = method.fit(model, pictures, path)
     assert torch.equal(again.d, found.d)
     assert again.losses == pytest.approx(found.losses)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..change import Change, Goal
-from ..errors import MethodError, ModelError, RunError
+from ..errors import MethodError, ModelError
 from ..method import Card
 from ..worlds.shapes.editing import examples
 
@@ -52,9 +52,6 @@ CARD = Card(
     avoid="When a closed form serves: it reaches the same within a second.",
 )
 
-SAVED = 30.0
-"""Seconds between two states of a training on disk."""
-
 
 @dataclass(frozen=True)
 class Erase:
@@ -84,6 +81,7 @@ class Erase:
         import torch
         from torch.nn import functional
 
+        from ..engine.descent import descend
         from ..engine.randomness import seed_of, stream, torch_stream
         from ..engine.rewording import kept, pairs
         from ..engine.weights import cross_attention
@@ -114,7 +112,6 @@ class Erase:
         x_0 = x_0.to(c_old)
         weights = [m.weight for m in edited]
         frozen = [w.detach().clone() for w in weights]
-        optimiser = torch.optim.Adam(weights, lr=self.rate)
         scheduler = model.pipeline.scheduler
 
         def eps(x_t: Any, t: Any, c: Any) -> Any:
@@ -126,79 +123,38 @@ class Erase:
                     w.copy_(value)
 
         about = seed_of("erase", asdict(self), str(goal), [(p.old, p.new) for p in chosen], stays, model.fingerprint)
+
+        def loss(step: int) -> Tensor:
+            rng, g = stream("erase", self.seed, step), torch_stream("erase", self.seed, step)
+            pick = torch.from_numpy(rng.integers(0, len(x_0), self.batch))
+            stay = torch.from_numpy(rng.integers(0, len(c_keep), self.batch))
+            t = torch.randint(len(scheduler.alphas_cumprod), (self.batch,), generator=g).to(x_0.device)
+            noise = torch.randn(x_0[pick].shape, generator=g).to(x_0)
+            x_t = scheduler.add_noise(x_0[pick], noise, t)
+            tuned = [w.detach().clone() for w in weights]
+            write(frozen)
+            with torch.no_grad():
+                if self.toward == "new":
+                    target = eps(x_t, t, c_new[pick])
+                else:
+                    free = eps(x_t, t, c_none.expand(self.batch, -1, -1))
+                    target = free - self.eta * (eps(x_t, t, c_old[pick]) - free)
+                rest = eps(x_t, t, c_keep[stay])
+            write(tuned)
+            both = eps(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c_old[pick], c_keep[stay]]))
+            return functional.mse_loss(both, torch.cat([target, rest]))
+
+        taught = {m.name: m.weight for m in edited}
         try:
-            done, last = _resumed(path, weights, optimiser, about) if path and path.exists() else (0, 0.0)
-            saved = time.perf_counter()
-            for step in range(done, self.steps):
-                rng, g = stream("erase", self.seed, step), torch_stream("erase", self.seed, step)
-                pick = torch.from_numpy(rng.integers(0, len(x_0), self.batch))
-                stay = torch.from_numpy(rng.integers(0, len(c_keep), self.batch))
-                t = torch.randint(len(scheduler.alphas_cumprod), (self.batch,), generator=g).to(x_0.device)
-                noise = torch.randn(x_0[pick].shape, generator=g).to(x_0)
-                x_t = scheduler.add_noise(x_0[pick], noise, t)
-                tuned = [w.detach().clone() for w in weights]
-                write(frozen)
-                with torch.no_grad():
-                    if self.toward == "new":
-                        target = eps(x_t, t, c_new[pick])
-                    else:
-                        free = eps(x_t, t, c_none.expand(self.batch, -1, -1))
-                        target = free - self.eta * (eps(x_t, t, c_old[pick]) - free)
-                    rest = eps(x_t, t, c_keep[stay])
-                write(tuned)
-                both = eps(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([c_old[pick], c_keep[stay]]))
-                loss = functional.mse_loss(both, torch.cat([target, rest]))
-                for w, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-                    w.grad = grad
-                optimiser.step()
-                last = float(loss.detach())
-                if path and (time.perf_counter() - saved > SAVED or step + 1 == self.steps):
-                    _save(path, weights, optimiser, about, step + 1, last)
-                    saved = time.perf_counter()
-                if advance:
-                    advance(1, f"loss {last:.4f}")
+            losses = descend(taught, loss, self.steps, self.rate, about, path=path, advance=advance)
             after = {m.name: m.weight.detach().clone() for m in edited}
         finally:
             write(frozen)
-            for w in weights:
-                w.grad = None
         before = {m.name: w for m, w in zip(edited, frozen, strict=True)}
         foreseen = tuple(
             {"name": n, "edit": 0.0, "keep": 0.0, "size": float((after[n] - w).norm() / w.norm())}
             for n, w in before.items()
         )
-        settings = asdict(self) | {"loss": round(last, 5)}
+        settings = asdict(self) | {"loss": round(losses[-1], 5)}
         return Change("erase", goal, settings, model.name, model.fingerprint, before, after, foreseen,
                       time.perf_counter() - began)  # fmt: skip
-
-
-def _save(path: Path, weights: list[Any], optimiser: Any, about: int, step: int, loss: float) -> None:
-    import torch
-
-    from ..engine.training import save_tensors
-
-    out = {"about": torch.tensor(about), "loss": torch.tensor(loss, dtype=torch.float64)}
-    for i, w in enumerate(weights):
-        state = optimiser.state[w]
-        out |= {f"weight/{i}": w, f"first/{i}": state["exp_avg"], f"second/{i}": state["exp_avg_sq"]}
-    save_tensors(path, out, step)
-
-
-def _resumed(path: Path, weights: list[Any], optimiser: Any, about: int) -> tuple[int, float]:
-    """Puts weights and optimiser where a stopped training left them: the steps it took, and its loss then."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        kept: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"go on with {path}", f"cannot be read: {error}", "another file") from None
-    if int(kept.get("about", torch.tensor(0))) != about:
-        raise RunError(f"go on with {path}", "a training of other settings, prompts or model", "another file")
-    with torch.no_grad():
-        for i, w in enumerate(weights):
-            w.copy_(kept[f"weight/{i}"])
-            first, second = (kept[f"{k}/{i}"].to(w) for k in ("first", "second"))
-            optimiser.state[w] = {"step": kept["step"].float(), "exp_avg": first, "exp_avg_sq": second}
-    return int(kept["step"]), float(kept["loss"])

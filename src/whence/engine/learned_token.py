@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,22 +26,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, OutputError, PromptError, RunError
 from .attention import AttentionTape, LayerMaps
 from .capture import Plan
+from .descent import cosine, descend
 from .progress import Advance
 from .prompts import split_words
 from .randomness import seed_of, stream, torch_stream
-from .training import save_tensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SAVED = 30.0
-"""Seconds between two states of a training on disk."""
 Penalty = Callable[[Mapping[str, Tensor], Sequence["Example"], Sequence[Sequence[LayerMaps]]], Tensor]
 """``penalty(vectors, examples, maps)``: a further loss of one step. ``maps[example]``: cross-attention of its caption's
 words, one entry for each grid, with gradients; empty unless the training looks at attention."""
@@ -230,36 +227,25 @@ def learn(
     v = {w: nn.Parameter(x.detach().clone().float()) for w, x in vectors.items()}
     inner = dict(mapper.named_parameters(prefix="mapper")) if mapper else {}
     taught = {**v, **inner}
-    optimiser = torch.optim.Adam(list(taught.values()), lr=teaching.rate)
     sums = [float(e.latents.double().sum()) + (0 if e.mask is None else float(e.mask.double().sum())) for e in examples]
     begins = [float(x.double().sum()) for x in (*vectors.values(), *(p.detach() for p in inner.values()))]
     captions = [e.caption for e in examples]
     about = seed_of("learned token", teaching, dict(settings or {}), model.fingerprint, captions, sums, begins)
-    losses = resumed(path, taught, optimiser, about) if path and path.exists() else []
     frozen = [(p, p.requires_grad) for m in (objective.module, model.pipeline.text_encoder) for p in m.parameters()]
     fingerprint = model.fingerprint
-    began = saved = time.perf_counter()
+    began = time.perf_counter()
     try:
         for p, _ in frozen:
             p.requires_grad_(False)
         said: dict[str, Tensor] = {**v, **(mapper() if mapper else {})}
+
+        def loss(step: int) -> Tensor:
+            said.update(mapper() if mapper else {})
+            return _loss(model, objective, said, examples, teaching, step, penalty, attention)
+
+        rate = cosine(teaching.rate, teaching.steps)
         with spoken(model, said):
-            for step in range(len(losses), teaching.steps):
-                done = step / teaching.steps
-                optimiser.param_groups[0]["lr"] = teaching.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-                said.update(mapper() if mapper else {})
-                loss = _loss(model, objective, said, examples, teaching, step, penalty, attention)
-                optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                for x in taught.values():  # a word that the step did not say stands still, as if it had no moments
-                    x.grad = None if x.grad is not None and not bool(x.grad.any()) else x.grad
-                optimiser.step()
-                losses.append(float(loss.detach()))
-                if path and (time.perf_counter() - saved > SAVED or step + 1 == teaching.steps):
-                    save_state(path, taught, optimiser, losses, about)
-                    saved = time.perf_counter()
-                if advance:
-                    advance(1, f"loss {losses[-1]:.3f}")
+            losses = descend(taught, loss, teaching.steps, rate, about, still=True, path=path, advance=advance)
     finally:
         for p, before in frozen:
             p.requires_grad_(before)
@@ -331,34 +317,3 @@ def _loss(
         said = call()
     loss = error_of(said, want, batch)
     return loss if penalty is None else loss + penalty(v, batch, maps)
-
-
-def save_state(
-    path: Path, v: Mapping[str, Tensor], optimiser: torch.optim.Adam, losses: list[float], about: int
-) -> None:
-    """What is taught, its moments and its losses, written whole or not at all."""
-    out = {"about": torch.tensor(about), "losses": torch.tensor(losses, dtype=torch.float64)}
-    for word, x in v.items():
-        out[f"vector/{word}"] = x.detach()
-        if x in optimiser.state:
-            state = optimiser.state[x]
-            out |= {f"first/{word}": state["exp_avg"], f"second/{word}": state["exp_avg_sq"]}
-            out[f"count/{word}"] = state["step"]
-    save_tensors(path, out, len(losses))
-
-
-def resumed(path: Path, v: Mapping[str, Tensor], optimiser: torch.optim.Adam, about: int) -> list[float]:
-    """Puts vectors and optimiser where a stopped training left them; its losses so far."""
-    try:
-        kept = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"go on with {path}", f"cannot be read: {error}", "another file") from None
-    if int(kept.get("about", torch.tensor(0))) != about:
-        raise RunError(f"go on with {path}", "a training of other settings, pictures or model", "another file")
-    with torch.no_grad():
-        for word, x in v.items():
-            x.copy_(kept[f"vector/{word}"])
-            if f"first/{word}" in kept:
-                first, second = kept[f"first/{word}"].to(x), kept[f"second/{word}"].to(x)
-                optimiser.state[x] = {"step": kept[f"count/{word}"], "exp_avg": first, "exp_avg_sq": second}
-    return [float(x) for x in kept["losses"]]

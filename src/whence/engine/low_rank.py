@@ -7,7 +7,6 @@ they have become is handed over as matrices before and after, W and W + B A, for
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .learned_token import SAVED, Example, Teaching, noised, resumed, save_state
+from .descent import cosine, descend
+from .learned_token import Example, Teaching, noised
 from .progress import Advance
 from .randomness import seed_of, torch_stream
 from .weights import Matrix, matrix
@@ -85,31 +85,21 @@ def tune(
     RunError where ``path`` is of another training.
     """
     taught = {**factors.taught, **(beside or {})}
-    optimiser = torch.optim.Adam(list(taught.values()), lr=teaching.rate)
     sums = [float(e.latents.double().sum()) for e in examples]
     begins = [float(p.detach().double().sum()) for p in taught.values()]
     captions = [e.caption for e in examples]
     about = seed_of("low rank", teaching, dict(settings or {}), model.fingerprint, captions, sums, begins)
-    losses = resumed(path, taught, optimiser, about) if path and path.exists() else []
     frozen = [(p, p.requires_grad) for p in objective.module.parameters()]
-    saved = time.perf_counter()
     try:
         for p, _ in frozen:
             p.requires_grad_(False)
+
+        def step_loss(step: int) -> Tensor:
+            return loss(*noised(objective, examples, teaching, step))
+
+        rate = cosine(teaching.rate, teaching.steps)
         with factors.on():
-            for step in range(len(losses), teaching.steps):
-                done = step / teaching.steps
-                optimiser.param_groups[0]["lr"] = teaching.rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-                now = loss(*noised(objective, examples, teaching, step))
-                optimiser.zero_grad()
-                now.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                losses.append(float(now.detach()))
-                if path and (time.perf_counter() - saved > SAVED or step + 1 == teaching.steps):
-                    save_state(path, taught, optimiser, losses, about)
-                    saved = time.perf_counter()
-                if advance:
-                    advance(1, f"loss {losses[-1]:.3f}")
+            losses = descend(taught, step_loss, teaching.steps, rate, about, path=path, advance=advance)
     finally:
         for p, before in frozen:
             p.requires_grad_(before)

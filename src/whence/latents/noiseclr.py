@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..engine.descent import descend
 from ..engine.randomness import seed_of, stream, torch_stream
-from ..engine.training import save_tensors
 from ..errors import MethodError, RunError
 from ..method import Card
 from ..models.objectives import DiffusionObjective
@@ -74,8 +73,6 @@ CARD = Card(
     "attributes combine.",
     avoid="To look for an attribute that is known beforehand: ask for it in words.",
 )
-SAVED = 30.0
-"""Seconds between two states of a training on disk."""
 
 
 @dataclass(frozen=True)
@@ -106,26 +103,16 @@ class NoiseCLR:
         latents = torch.stack([objective.latents(p) for p in pictures])
         none = objective.read("").to(latents)
         d = _start(self, none).requires_grad_()
-        optimiser = torch.optim.Adam([d], lr=self.rate)
         about = seed_of("noiseclr", asdict(self), model.fingerprint, float(latents.double().sum()))
-        losses = _resumed(path, d, optimiser, about) if path and path.exists() else []
         trained = {n: p.requires_grad for n, p in objective.module.named_parameters()}
         objective.module.requires_grad_(False)
-        began = saved = time.perf_counter()
+        began = time.perf_counter()
+
+        def loss(step: int) -> Tensor:
+            return self._loss(objective, latents, none, d, step)
+
         try:
-            for step in range(len(losses), self.steps):
-                loss = self._loss(objective, latents, none, d, step)
-                optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                losses.append(float(loss.detach()))
-                if path and (time.perf_counter() - saved > SAVED or step + 1 == self.steps):
-                    state = optimiser.state[d]
-                    kept = {"d": d, "first": state["exp_avg"], "second": state["exp_avg_sq"]}
-                    save_tensors(path, kept | {"about": torch.tensor(about), "losses": torch.tensor(losses)}, step + 1)
-                    saved = time.perf_counter()
-                if advance:
-                    advance(1, f"loss {losses[-1]:.3f}")
+            losses = descend({"d": d}, loss, self.steps, self.rate, about, path=path, advance=advance)
         finally:
             for name, p in objective.module.named_parameters():
                 p.requires_grad_(trained[name])
@@ -175,18 +162,6 @@ def contrast(D: Tensor, tau: float) -> Tensor:
     same = same.masked_fill(torch.eye(n, dtype=torch.bool, device=D.device), -math.inf)
     other = other.masked_fill(torch.eye(k, dtype=torch.bool, device=D.device)[..., None], -math.inf)
     return (other.flatten(1).logsumexp(1) - same.flatten(1).logsumexp(1)).mean()
-
-
-def _resumed(path: Path, d: Tensor, optimiser: torch.optim.Adam, about: int) -> list[float]:
-    """Puts directions and optimiser where a stopped training left them; its losses so far."""
-    kept = load_file(path)
-    if int(kept.get("about", torch.tensor(0))) != about:
-        raise RunError(f"go on with {path}", "a training of other settings, pictures or model", "another file")
-    with torch.no_grad():
-        d.copy_(kept["d"])
-    step = kept["step"].float()
-    optimiser.state[d] = {"step": step, "exp_avg": kept["first"].to(d), "exp_avg_sq": kept["second"].to(d)}
-    return [float(x) for x in kept["losses"]]
 
 
 def _start(settings: NoiseCLR, none: Tensor) -> Tensor:
