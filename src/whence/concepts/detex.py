@@ -48,12 +48,11 @@ CARD = Card(
     claim="Learned from pictures of a thing that all have one ground, the subject word draws the thing on other "
     "grounds that the prompt names more often than a single word learned in as many steps.",
     falsifier={
-        "status": "not shown",
-        "reason": "the ground stays behind, but the thing does not always come along. By shapes.subjects.decoupled, "
-        "eight subjects: thing and named ground in .38 [-.01, .76] of the pictures (.5 was asked for), after a single "
-        "word of as many steps in .03 [-.04, .11], with a random vector in .03; undecided, as a subject is learned "
-        "well or not at all. Said without a ground, the word brought the pictures' one in 0 of 16 pictures, the single "
-        "word in 14 of 16.",
+        "trial": "shapes.subjects.decoupled",
+        "planted": "a ground that all pictures of a thing share and no caption says",
+        "expect": 0.4,
+        "control": "a single word of as many steps, a random vector of equal norm, the word it began with",
+        "seconds": 900,
     },
     departs="Written from the paper's abstract and from memory of its method, not its code. S* and the mappers alone "
     "are trained, not the denoiser's keys and values. E is the latents of the model's own autoencoder on a coarse "
