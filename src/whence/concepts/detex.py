@@ -58,7 +58,8 @@ CARD = Card(
     "are trained, not the denoiser's keys and values. E is the latents of the model's own autoencoder on a coarse "
     "grid, as it has no CLIP image encoder. The thing is cut out on white, and its loss divided by the mask's area. "
     "Half of the rows of a step, in the mean, say S* alone. Attribute words stand where pose and ground are said.",
-    avoid="Without a mask of the thing: what tells the thing from its ground is the mask, all pictures having both.",
+    avoid="Without a mask of the thing: what tells the thing from its ground is the mask, all pictures having both. "
+    "A single word of the thing cut out, with no attribute words, does no worse on shapes (.55 to .42).",
 )
 
 
