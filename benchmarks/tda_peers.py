@@ -95,11 +95,11 @@ class System:
 
 OURS = "whence"
 FORMS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "bits": ("signs alone", {"name": "bits", "bits": 2032}, False),
-    "auto": ("signs, then int8", {"name": "auto", "bits": 1024, "size": 13}, False),
-    "auto judged": ("signs, then int8; its agreement with EK-FAC measured while building",
-                    {"name": "auto", "bits": 1024, "size": 13}, True),
-    "int8": ("int8 alone (LoGRA)", {"name": "int8"}, False),
+    "auto": ("a sketch of EK-FAC's coordinates: signs, then int8", {}, False),
+    "auto judged": ("the same; its agreement with EK-FAC measured while building", {}, True),
+    "signs": ("its signs alone", {"name": "signs", "bits": 2032, "numbers": 0}, False),
+    "bits": ("signs of leading coordinates (EOGP)", {"name": "bits", "size": 16, "bits": 2032, "numbers": 0}, False),
+    "int8": ("int8 (LoGRA)", {"name": "int8", "size": 16, "numbers": 0}, False),
 }  # fmt: skip
 """work -> (what it is, its Form, whether it is judged while it is built)."""
 EXACT = System("whence ekfac", OURS, "ekfac", "EK-FAC: nothing kept of an example, all gradients taken anew")

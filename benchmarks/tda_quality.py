@@ -34,6 +34,7 @@ from whence.influence.grad_dot import GradDot
 from whence.influence.logra import LoGRA
 from whence.influence.lorif import LoRIF
 from whence.influence.nearest import Nearest
+from whence.influence.sketch import Sketch
 from whence.influence.trak import TRAK
 from whence.models.objectives import LanguageObjective
 from whence.score import Score
@@ -54,6 +55,10 @@ FORMS: dict[str, Any] = {
     "eogp 256 bits": EOGP(bits=256),
     "eogp 1024 bits": EOGP(bits=1024),
     "eogp 4096 bits": EOGP(bits=4096),
+    "sketch 256 bits": Sketch(256),
+    "sketch 1024 bits": Sketch(1024),
+    "sketch 2048 bits": Sketch(),
+    "sketch 2048, int8": Sketch(keep="int8"),
     "ekfac": EKFAC(),
 }
 OF_DIGITS: dict[str, Any] = {"trak": TRAK(), "datainf": DataInf(), "nearest, last layer": Nearest()}

@@ -95,6 +95,7 @@ def test_the_answer_is_tried_and_written_to_a_page(
         (["index", "facts", "nowhere.jsonl"], "no such file"),
         (["index", "facts", "--world", "moon"], "no such world"),
         (["index", "shapes", "--format", "gold"], "no such form"),
+        (["index", "shapes", "--format", "sketch:4"], "no such form"),
         (["index", "facts", "--limit", "0"], "nothing to index"),
         (["query", "nowhere", "--prompt", "x"], "no manifest"),
         (["query", "nowhere"], "one of them is needed"),

@@ -14,7 +14,7 @@ from torch import nn
 
 from whence.engine.codes import Numbers
 from whence.engine.influence import Memory
-from whence.engine.project import Projection
+from whence.engine.project import Projection, folded
 from whence.engine.schemes import Rows
 from whence.errors import RunError
 from whence.influence.datainf import DataInf
@@ -23,6 +23,7 @@ from whence.influence.eogp import EOGP
 from whence.influence.grad_dot import GradDot
 from whence.influence.logra import LoGRA
 from whence.influence.lorif import LoRIF
+from whence.influence.sketch import Sketch, Staged
 from whence.influence.tracin import TracIn
 from whence.influence.trak import TRAK
 from whence.models.objectives import ClassifierObjective
@@ -36,6 +37,8 @@ METHODS: dict[str, Any] = {
     "lorif": LoRIF(),
     "lorif of rank 3": LoRIF(rank=3),
     "eogp": EOGP(bits=24),
+    "sketch": Sketch(64),
+    "sketch in int8": Sketch(64, "int8"),
     "tracin": TracIn(),
     "trak": TRAK(size=16),
     "datainf": DataInf(),
@@ -234,6 +237,65 @@ def test_eogp_s_scores_are_by_whitened_coordinates_one_sign_and_one_scale() -> N
     assert close(fitted.scores(queries), true, 0.02)  # the scan quantises the query
 
 
+def test_a_sketch_that_drops_nothing_is_the_dense_fisher_s_score() -> None:
+    rng = np.random.default_rng(0)
+    ins, outs = rng.normal(size=(8, 5)), rng.normal(size=(6, 3))
+    pairs = tuple((a.astype(np.float32), g.astype(np.float32)) for a in ins for g in outs)  # each with each
+    given = Sketch(16, "float16", damping=0.1).fit(Chosen(5, 3), Listed(pairs)).scores(list(pairs[:3]))
+    rows = np.stack([np.outer(g, a).ravel() for a, g in pairs]).astype(float)
+    fisher = rows.T @ rows / len(rows)
+    damped = fisher + 0.1 * np.trace(fisher) / len(fisher) * np.eye(len(fisher))
+    assert close(given, rows[:3] @ np.linalg.solve(damped, rows.T), 2e-3)
+
+
+def test_a_sketch_keeps_more_of_ekfac_s_scores_the_more_numbers_it_has() -> None:
+    objective, examples, queries = wide()
+    exact = EKFAC(sampled=False).fit(objective, examples).scores(queries).ravel()
+    for keep in ("int8", "bits"):
+        near = {
+            n: np.corrcoef(Sketch(n, keep, damping=0.1).fit(objective, examples).scores(queries).ravel(), exact)[0, 1]
+            for n in (16, 128, 2048)
+        }
+        assert near[16] < near[128] < near[2048], keep
+        assert near[2048] > 0.9, keep
+
+
+def test_folding_keeps_inner_products_in_the_mean_and_leaves_narrow_rows_alone() -> None:
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.normal(size=(2, 1000)) + 1)
+    true = float(x[0] @ x[1])
+    found = [float(torch.prod(folded(x, 64, "t", seed), 0).sum()) for seed in range(300)]
+    assert abs(np.mean(found) - true) < 3 * np.std(found) / 300**0.5
+    assert np.std(found) > 1
+    assert torch.equal(folded(x, 1000, "t"), x)
+    assert torch.equal(folded(x, 64, "t", 3), folded(x, 64, "t", 3))
+
+
+def test_what_is_staged_is_one_sketch_in_two_forms() -> None:
+    objective, examples, queries = wide(120)
+    single = Sketch(256, "int8").fit(objective, examples)
+    staged = Staged(single.bank.shapes, 192, 256)
+    gradients = single.bank.gradients(list(examples.items))
+    staged.learn(gradients)
+    codes, asked = staged.encode(gradients), staged.prepare(single.bank.gradients(queries))
+    assert staged.planes == {"bits": 2 + 192 // 8, "sketch": 2 + 256} == {p: c.shape[1] for p, c in codes.items()}
+    assert close(staged.score(asked, codes), single.scores(queries), 1e-5)
+    # Each part by itself, as a process that only scans has it: the same numbers.
+    small = staged.small.prepare(single.bank.gradients(queries))
+    coarse = staged.small.score(asked[0], codes)
+    assert np.array_equal(staged.small.score(small, codes), coarse)
+    assert np.corrcoef(coarse.ravel(), single.scores(queries).ravel())[0, 1] > 0.6
+    fresh = Staged(single.bank.shapes, 192, 256)
+    fresh.restore(staged.tensors())
+    assert np.array_equal(fresh.encode(gradients)["sketch"], codes["sketch"])
+
+
+@pytest.mark.parametrize(("method", "named"), [(Sketch(4), "4 numbers"), (Sketch(keep="float4"), "float4")])
+def test_a_sketch_that_cannot_be_is_refused(method: Any, named: str) -> None:
+    with pytest.raises(RunError, match=named):
+        method.fit(*small(60)[:2])
+
+
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +384,7 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_other_queries(name: str) 
     # A gradient on the edge between two codes may fall to either side.
     assert np.corrcoef(again.ravel(), given.ravel())[0, 1] > 0.999
     alone = np.concatenate([fitted.scores([q]) for q in queries])
-    assert close(alone, given, 0.02 if "eogp" in name else 1e-4)
+    assert close(alone, given, 0.02 if name in ("eogp", "sketch") else 1e-4)  # the scan quantises the query
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -353,7 +415,8 @@ def test_a_set_without_one_finite_gradient_is_one_clear_error(name: str) -> None
         METHODS[name].fit(objective, Listed(()))
 
 
-@pytest.mark.parametrize("name", ["logra", "lorif", "eogp", "ekfac"])
+@pytest.mark.parametrize("name", ["logra", "lorif", "eogp", "sketch", "ekfac"])
 def test_curvature_finds_the_planted_examples_too(name: str) -> None:
-    method: Any = {"logra": LoGRA(damping=0.1), "lorif": LoRIF(), "eogp": EOGP(damping=0.1), "ekfac": EKFAC()}[name]
+    methods: dict[str, Any] = {"logra": LoGRA(damping=0.1), "lorif": LoRIF(), "eogp": EOGP(damping=0.1)}
+    method = (methods | {"sketch": Sketch(), "ekfac": EKFAC()})[name]
     assert np.mean(found(method)) >= 0.9

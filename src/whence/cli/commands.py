@@ -185,10 +185,13 @@ def index(
     ] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Folder or URL of the index.")] = "whence-index",
     format: Annotated[
-        str, typer.Option(help="What is kept of an example: auto, bits, bits:N, int8, lorif:C.")
+        str, typer.Option(help="What is kept of an example: auto, sketch:N, signs:N, bits:N, int8, lorif:C.")
     ] = "auto",
     size: Annotated[
-        int | None, typer.Option(help="Numbers per side that a layer's gradient is projected to.", show_default="16")
+        int | None,
+        typer.Option(
+            help="Numbers per side that a layer's gradient is projected to.", show_default="16; sketch: as many as fit"
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="An even share of so many examples.", show_default="all; shapes: 480")

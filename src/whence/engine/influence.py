@@ -22,7 +22,7 @@ from ..objective import Examples, Objective
 from ..units import Units
 from .gradients import GradientBank
 from .progress import progress
-from .project import EigenProjection, Projection
+from .project import EigenProjection, Projection, largest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -330,11 +330,15 @@ def projection_of(
     shelf: Shelf,
 ) -> Projection | EigenProjection:  # fmt: skip
     """The projection of a fit. ``init``: "random", or "pca": the leading eigenvectors of what goes into each layer and
-    of what comes back, over a sample of :data:`SAMPLE` examples; kept on the shelf, as a query needs it again."""
+    of what comes back, over a sample of :data:`SAMPLE` examples; kept on the shelf, as a query needs it again. "eigen":
+    the same, and sides that are no wider than ``size`` are turned into their eigenbasis, too. ``size`` 0: the largest
+    that MOST coordinates in all allow."""
+    if not size:
+        size = largest((x.out, x.inp) for x in GradientBank(objective, layers).layers)
     if init == "random":
         return Projection(size, seed)
-    if init != "pca":
-        raise RunError(f"a projection by {init!r}", "no such projection", "pca, random")
+    if init not in ("pca", "eigen"):
+        raise RunError(f"a projection by {init!r}", "no such projection", "pca, eigen, random")
     sides: dict[str, dict[str, Tensor]] = {}
     for key, value in shelf.tensors.items():
         if key.startswith("projection/"):
@@ -348,7 +352,8 @@ def projection_of(
         found = factor_bases(bank, spread(examples, SAMPLE), BATCH, size)
         sides = {name: {"out": s.contiguous(), "in": a.contiguous()} for name, (s, a) in found.items()}
         shelf.keep({f"projection/{name}/{k}": v.numpy() for name, pair in sides.items() for k, v in pair.items()})
-    return EigenProjection(size, seed, {name: (pair["out"], pair["in"]) for name, pair in sides.items()})
+    bases = {name: (pair["out"], pair["in"]) for name, pair in sides.items()}
+    return EigenProjection(size, seed, bases, turned=init == "eigen")
 
 
 def bank_of(objective: Objective, examples: Examples, layers: tuple[str, ...] | None, projection: Any) -> GradientBank:

@@ -6,7 +6,9 @@ its target stays as it is. Nothing is stored: a projection is its size and its s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,6 +53,8 @@ class EigenProjection:
     seed: int = 0
     bases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """layer -> (Q_S [out, d_out], Q_A [in, d_in]), columns by falling eigenvalue."""
+    turned: bool = False
+    """Sides that are kept whole are given in the eigenbasis, too."""
 
     def target(self, layer: str, out: int, inp: int) -> tuple[int, int]:
         """What a gradient of [out, in] becomes."""
@@ -60,28 +64,45 @@ class EigenProjection:
         """[full, kept] of one side, "out" or "in"; None where the side stays as it is."""
         if layer not in self.bases:
             return Projection(self.size, self.seed).side(layer, which, full, kept)
-        if kept >= full:
+        if kept >= full and not self.turned:
             return None
         return self.bases[layer][which == "in"][:, :kept]
 
     def record(self) -> dict[str, Any]:
         """For an index's manifest; the bases themselves are among its tensors."""
-        return {"size": self.size, "seed": self.seed, "eigen": sorted(self.bases)}
+        return {"size": self.size, "seed": self.seed, "eigen": sorted(self.bases), "turned": self.turned}
+
+
+MOST = 1 << 18
+"""Coordinates of an example's gradient at most, over all layers, where a size is chosen."""
+
+
+def largest(shapes: Iterable[tuple[int, int]]) -> int:
+    """The size at which gradients of these shapes have at most :data:`MOST` coordinates, among some up to 1,024.
+
+    >>> largest([(768, 768)] * 12)
+    128
+    """
+    sides = list(shapes)
+    sizes = [1 << e for e in range(10, 2, -1)]
+    return next((s for s in sizes if sum(min(o, s) * min(i, s) for o, i in sides) <= MOST), sizes[-1])
 
 
 def subsampled_hadamard(rows: Tensor, size: int | None, *names: object) -> Tensor:
-    """P' g of rows [example, parameter] for gradients that are one vector: random signs, a Hadamard transform, ``size``
-    of its numbers. None: as they are."""
+    """P' g of rows [example, parameter] for gradients that are one vector: :func:`mixed`. None, or as many as there
+    are: as they are."""
+    return rows if size is None or size >= rows.shape[1] else mixed(rows, size, *names)
+
+
+def mixed(rows: Tensor, size: int, *names: object) -> Tensor:
+    """``size`` numbers of each row [example, coordinate], every one a sum of all coordinates: random signs, a Hadamard
+    transform, so many of its numbers. Rows are made wider where more numbers are asked for than they have."""
     from scipy.linalg import hadamard
 
     n, full = rows.shape
-    if size is None or size >= full:
-        return rows
-    g = torch_stream(*names)
-    width = 1 << (full - 1).bit_length()
-    x = rows * (torch.randint(0, 2, (full,), generator=g, dtype=torch.int8) * 2 - 1)
-    kept = torch.randperm(width, generator=g)[:size]
-    x = torch.nn.functional.pad(x, (0, width - full))
+    signs, kept = _draw(full, size, names)
+    width = 1 << (max(full, size) - 1).bit_length()
+    x = torch.nn.functional.pad(rows * signs.to(rows), (0, width - full))
     left = width
     while left > 1:
         # One factor of the transform on the last axis, which then becomes the first: at the end all are in their place.
@@ -90,3 +111,37 @@ def subsampled_hadamard(rows: Tensor, size: int | None, *names: object) -> Tenso
         x = (x.view(n, -1, factor) @ torch.tensor(hadamard(factor), dtype=x.dtype)).transpose(1, 2).reshape(n, width)
     projected: Tensor = x[:, kept] / size**0.5
     return projected
+
+
+@lru_cache(maxsize=4)
+def _draw(full: int, size: int, names: tuple[object, ...]) -> tuple[Tensor, Tensor]:
+    """(signs [coordinate], which numbers are kept): drawn once for all rows, which come by the batch."""
+    g = torch_stream(*names)
+    width = 1 << (max(full, size) - 1).bit_length()
+    signs = torch.randint(0, 2, (full,), generator=g, dtype=torch.int8) * 2 - 1
+    return signs, torch.randperm(width, generator=g)[:size]
+
+
+def folded(rows: Tensor, width: int, *names: object) -> Tensor:
+    """Rows [example, coordinate] in ``width`` places: pieces of that width, each with random signs and turned round by
+    a random number of places, are added up. Inner products are kept in expectation, at the cost of one addition for
+    each coordinate; narrow rows stay as they are."""
+    n, full = rows.shape
+    if full <= width:
+        return rows
+    signs, turns = _folds(full, width, names)
+    found = rows.new_zeros(n, width)
+    for at, turn in zip(range(0, full, width), turns, strict=True):
+        piece = rows[:, at : at + width] * signs[at : at + width].to(rows)
+        there = min(width - turn, piece.shape[1])  # what does not reach round the end
+        found[:, turn : turn + there] += piece[:, :there]
+        found[:, : piece.shape[1] - there] += piece[:, there:]
+    return found
+
+
+@lru_cache(maxsize=4)
+def _folds(full: int, width: int, names: tuple[object, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """(signs [coordinate], by how many places each piece is turned)."""
+    g = torch_stream("fold", *names)
+    signs = torch.randint(0, 2, (full,), generator=g, dtype=torch.int8) * 2 - 1
+    return signs, tuple(torch.randint(0, width, (-(-full // width),), generator=g).tolist())

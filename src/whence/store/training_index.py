@@ -4,8 +4,9 @@
     with opened("out/ix", objective, examples) as index:
         found = index.search([query], k=20)                  # both ends of the ranking, with measured recall
 
-``form`` says what is kept of an example's gradient: "bits" (EOGP: one sign bit per coordinate), "int8" (LoGRA),
-"lorif:c" (LoRIF of rank c), or "auto": bits to scan all of it and int8 to score the best of it again.
+``form`` says what is kept of an example's gradient: "sketch:n" (of EK-FAC's coordinates, mixed: n sign bits to scan
+all of it, and n int8 numbers to score the best of it again), "auto" (such a sketch of 2,048 bytes), "signs:n" (its
+signs alone), "bits:n" (EOGP: one sign bit for each leading coordinate), "int8" (LoGRA), "lorif:c" (LoRIF of rank c).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from ..errors import OutputError, RunError
 from ..influence.eogp import EOGP
 from ..influence.logra import LoGRA
 from ..influence.lorif import LoRIF
+from ..influence.sketch import Sketch, Staged
 from .contents import FILE, Manifest
 from .index import Index
 from .places import place_of
@@ -59,11 +61,13 @@ if TYPE_CHECKING:
     from ..engine.crew import Workers
     from ..objective import Examples, Objective
 
-FORMS = "auto, bits, bits:N, int8, lorif:C"
+FORMS = "auto, sketch:N, signs:N, bits:N, int8, lorif:C"
 SECONDS, MOST_EXACT = 10.0, 256
 """What the last stage may take unless it is said how many it is of, and how many of each end at most."""
 JUDGED, ASKED = 64, 8
 """Examples that forms are held against EK-FAC on, and how many of them are the queries."""
+PART = 16
+"""Numbers per side that forms of a smaller projection are judged with, beside a sketch."""
 FACTORED = 256
 """Examples that EK-FAC is taken over, for a model of at most:"""
 JUDGED_WEIGHTS = 1_500_000
@@ -74,39 +78,49 @@ SHARD = 1024
 
 @dataclass(frozen=True)
 class Form:
-    """What is kept: methods by role, and the numbers per side of the projection."""
+    """What is kept, by method. ``size``: numbers per side of the projection, 0: as many as a sketch may take;
+    ``bits`` of an example, and int8 ``numbers`` of a sketch; ``rank`` of LoRIF's factors."""
 
-    name: str
-    size: int = 16
-    bits: int = 1024
+    name: str = "auto"
+    size: int = 0
+    bits: int = 2016
+    numbers: int = 1792
     rank: int = 0
     seed: int = 0
 
     @classmethod
     def of(cls, text: str, size: int | None = None, seed: int = 0) -> Form:
-        """From "auto", "bits", "bits:2048", "int8" or "lorif:4". Raises RunError."""
-        match = re.fullmatch(r"(auto|bits|int8|lorif)(?::(\d+))?", text.strip())
+        """From "auto", "sketch:512", "bits", "bits:2048", "int8" or "lorif:4". Raises RunError."""
+        match = re.fullmatch(r"(auto|sketch|signs|bits|int8|lorif)(?::(\d+))?", text.strip())
         number = int(match[2]) if match and match[2] else 0
-        if not match or (match[2] and (number < 1 or match[1] in ("auto", "int8"))):
+        least = 1 if match and match[1] == "lorif" else 8
+        if not match or (match[2] and (number < least or match[1] in ("auto", "int8"))):
             raise RunError(f"the format {text!r}", "no such form of an index", FORMS)
         name = match[1]
-        return cls(
-            name, size or (32 if name == "lorif" else 16), number or 1024, (number or 1) if name == "lorif" else 0, seed
-        )
+        if name == "auto":
+            return cls(seed=seed, size=size or 0)
+        if name in ("sketch", "signs"):
+            n = number or 2048
+            return cls(name, size or 0, n, n if name == "sketch" else 0, 0, seed)
+        rank = (number or 1) if name == "lorif" else 0
+        return cls(name, size or (32 if rank else 16), number or 1024, 0, rank, seed)
 
     @property
     def init(self) -> str:
-        return "random" if self.name == "lorif" else "pca"
+        """How gradients are projected, for :func:`~whence.engine.influence.projection_of`."""
+        return {"lorif": "random", "bits": "pca", "int8": "pca"}.get(self.name, "eigen")
 
     def scheme(self, shapes: Mapping[str, tuple[int, int]]) -> Scheme:
         """What is kept and scored of gradients of these shapes."""
-        bits = EOGP(bits=self.bits, size=self.size, seed=self.seed).scheme
-        numbers = LoGRA(size=self.size, seed=self.seed).scheme
-        if self.name == "auto":
-            return Both(bits(shapes), numbers(shapes))
         if self.name == "lorif":
             return LoRIF(rank=self.rank, size=self.size, seed=self.seed).scheme(shapes)
-        return bits(shapes) if self.name == "bits" else numbers(shapes)
+        if self.name == "signs":
+            return Sketch(self.bits, seed=self.seed).scheme(shapes)
+        if self.name == "bits":
+            return EOGP(bits=self.bits, size=self.size, seed=self.seed).scheme(shapes)
+        if self.name == "int8":
+            return LoGRA(size=self.size, seed=self.seed).scheme(shapes)
+        return Staged(shapes, self.bits, self.numbers, self.seed)
 
 
 class _Shelf:
@@ -425,34 +439,46 @@ class Judged:
 def judged(bank: GradientBank, examples: Examples, form: Form, curvature: KroneckerFisher) -> list[Judged]:
     """This form and others of its projection on :data:`JUDGED` examples (of a large model by some of its layers), as
     ``ASKED`` of them ask for the rest: the curve of quality against bytes. The measure is EK-FAC on the same sample,
-    which follows retraining better than any (NDCG@20 .95 with LDS over 28 settings in the paper on EOGP)."""
+    which follows retraining better than any (NDCG@20 .95 with LDS over 28 settings in the paper on EOGP). A form learns
+    what it learns from up to four times as many: of those alone that it is judged on it would know too much."""
     from scipy.stats import spearmanr
     from sklearn.metrics import ndcg_score
 
-    chosen = spread(examples, JUDGED)
-    if len(chosen) < 3 * ASKED:
-        return []
     whole = curvature.bank
     names = {layer.name for layer in whole.layers}
+    most = FACTORED if len(names) == len(bank.layers) else JUDGED
+    taught = spread(examples, min(max(JUDGED, len(examples) // 4), most))
+    at = np.unique(np.linspace(0, len(taught) - 1, min(JUDGED, len(taught))).astype(int))
+    chosen = [taught[i] for i in at]
+    if len(chosen) < 3 * ASKED:
+        return []
     queries = chosen[:: max(len(chosen) // ASKED, 1)][:ASKED]
     true = exact_scores(curvature, queries, chosen)
     own = [next(i for i, c in enumerate(chosen) if c is q) for q in queries]
-    forms = (("bits", n) for n in (256, 1024, 4096)) if form.init == "pca" else ()
-    tried = {f"{kind}:{n}": replace(form, name=kind, bits=n) for kind, n in forms}
-    if form.init == "pca":
-        tried["int8"] = replace(form, name="int8")
-    tried[f"bits:{form.bits}" if form.name == "bits" else form.name] = form
-    shapes = {name: shape for name, shape in bank.shapes.items() if name in names}
-    gradients = {name: g for name, g in gradients_of(bank, chosen)[0].items() if name in names}
+    tried: dict[str, Form] = {}
+    if form.init == "eigen":
+        tried |= {f"signs:{n}": replace(form, name="signs", bits=n) for n in (2048, 8192)}
+        tried |= {f"sketch:{n}": replace(form, name="sketch", bits=n, numbers=n) for n in (512, 8192)}
+    if form.init != "random":
+        # Of a larger projection its leading part: what these forms would have of their own.
+        part = form.size if form.init == "pca" else PART
+        own_size = {n: replace(form, name="bits", bits=n, size=part) for n in (256, 1024, 4096)}
+        tried |= {f"bits:{n}": one for n, one in own_size.items()}
+        tried["int8"] = replace(form, name="int8", size=part)
+    many = form.numbers if form.name == "sketch" else form.bits
+    tried[f"{form.name}:{many}" if form.name in ("bits", "sketch", "signs") else form.name] = form
+    gradients = {name: g for name, g in gradients_of(bank, taught)[0].items() if name in names}
     of_queries = {name: g for name, g in gradients_of(bank, queries)[0].items() if name in names}
     found = []
     for name, one in tried.items():
-        shelf, scheme = Memory(), one.scheme(shapes)
-        scheme.learn(gradients)
-        shelf.append(scheme.encode(gradients))
+        k = one.size if one.init == "pca" else None
+        given, asked = ({n: g[:, :k, :k] for n, g in some.items()} for some in (gradients, of_queries))
+        shelf, scheme = Memory(), one.scheme({n: (g.shape[1], g.shape[2]) for n, g in given.items()})
+        scheme.learn(given)
+        shelf.append(scheme.encode(given))
         scheme.finish(shelf)
-        codes = {plane: shelf.rows(plane, np.arange(len(chosen))) for plane in scheme.planes}
-        scores = scheme.score(scheme.prepare(of_queries), codes)
+        codes = {plane: shelf.rows(plane, at) for plane in scheme.planes}
+        scores = scheme.score(scheme.prepare(asked), codes)
         values = []
         for q, me in enumerate(own):
             others = np.arange(len(chosen)) != me  # a query's own example is found by any form
