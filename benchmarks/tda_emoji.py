@@ -54,6 +54,7 @@ FORMS: dict[str, Any] = {
     "sketch 1024 bits": Sketch(1024),
     "sketch 2048 bits": Sketch(),
     "sketch 2048, int8": Sketch(keep="int8"),
+    "sketch 8192, int8": Sketch(8192, "int8"),
     "d_trak": DTRAK(side=16),
 }
 

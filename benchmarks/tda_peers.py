@@ -94,9 +94,11 @@ class System:
 
 
 OURS = "whence"
+SMALL = {"bits": 2016, "numbers": 1792}
+"""What "auto" keeps of an example of many, for the comparison at 2 KB."""
 FORMS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "auto": ("a sketch of EK-FAC's coordinates: signs, then int8", {}, False),
-    "auto judged": ("the same; its agreement with EK-FAC measured while building", {}, True),
+    "auto": ("a sketch of EK-FAC's coordinates: signs, then int8", SMALL, False),
+    "auto judged": ("the same; its agreement with EK-FAC measured while building", SMALL, True),
     "signs": ("its signs alone", {"name": "signs", "bits": 2032, "numbers": 0}, False),
     "bits": ("signs of leading coordinates (EOGP)", {"name": "bits", "size": 16, "bits": 2032, "numbers": 0}, False),
     "int8": ("int8 (LoGRA)", {"name": "int8", "size": 16, "numbers": 0}, False),

@@ -59,6 +59,7 @@ FORMS: dict[str, Any] = {
     "sketch 1024 bits": Sketch(1024),
     "sketch 2048 bits": Sketch(),
     "sketch 2048, int8": Sketch(keep="int8"),
+    "sketch 8192, int8": Sketch(8192, "int8"),
     "ekfac": EKFAC(),
 }
 OF_DIGITS: dict[str, Any] = {"trak": TRAK(), "datainf": DataInf(), "nearest, last layer": Nearest()}

@@ -15,14 +15,14 @@ from whence.errors import OutputError, RunError
 from whence.influence.ekfac import EKFAC
 from whence.models.objectives import ClassifierObjective
 from whence.objective import Listed, Losses
-from whence.store.training_index import build, judgement, opened
+from whence.store.training_index import FEW, Form, build, judgement, opened
 
 
 def world() -> tuple[ClassifierObjective, Listed, list[Any]]:
     return digits_net.world("training index test", 24, 150, 12)
 
 
-@pytest.mark.parametrize("form", ["auto", "bits:512", "int8", "lorif:4"])
+@pytest.mark.parametrize("form", ["auto", "sketch:1024", "signs:1024", "bits:512", "int8", "lorif:4"])
 def test_the_named_examples_are_those_that_ekfac_would_name(form: str, tmp_path: Path) -> None:
     objective, examples, queries = world()
     true = EKFAC().fit(objective, examples).scores(queries)
@@ -115,7 +115,15 @@ def test_what_was_measured_while_building_is_kept_and_more_bytes_agree_better(tm
     assert all(0 < j.ndcg <= 1 for j in found.values())
 
 
-@pytest.mark.parametrize("form", ["gold", "bits:0", "int8:3", "lorif:x", ""])
+def test_of_few_examples_more_is_kept_and_of_many_two_kilobytes_whatever_the_model() -> None:
+    for shapes in ({"a": (64, 64)}, {str(i): (64, 64) for i in range(50)}):
+        few, many = (sum(Form().settled(n).scheme(shapes).planes.values()) for n in (FEW, FEW + 1))
+        assert (few, many) == (2 + 1024 + 2 + 8192, 2048)
+    assert Form.of("sketch:512").settled(10) == Form.of("sketch:512")
+    assert sum(Form.of("signs:2048").scheme({"a": (64, 64)}).planes.values()) == 258
+
+
+@pytest.mark.parametrize("form", ["gold", "bits:0", "int8:3", "lorif:x", "sketch:4", "signs:7", ""])
 def test_a_form_that_does_not_exist_is_refused(form: str, tmp_path: Path) -> None:
     objective, examples, _ = world()
     with pytest.raises(RunError, match="no such form"):

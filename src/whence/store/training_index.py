@@ -5,8 +5,9 @@
         found = index.search([query], k=20)                  # both ends of the ranking, with measured recall
 
 ``form`` says what is kept of an example's gradient: "sketch:n" (of EK-FAC's coordinates, mixed: n sign bits to scan
-all of it, and n int8 numbers to score the best of it again), "auto" (such a sketch of 2,048 bytes), "signs:n" (its
-signs alone), "bits:n" (EOGP: one sign bit for each leading coordinate), "int8" (LoGRA), "lorif:c" (LoRIF of rank c).
+all of it, and n int8 numbers to score the best of it again), "auto" (such a sketch, of 2,048 bytes or, where examples
+are few, of 9,220), "signs:n" (its signs alone), "bits:n" (EOGP: one sign bit for each leading coordinate), "int8"
+(LoGRA), "lorif:c" (LoRIF of rank c).
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ SECONDS, MOST_EXACT = 10.0, 256
 """What the last stage may take unless it is said how many it is of, and how many of each end at most."""
 JUDGED, ASKED = 64, 8
 """Examples that forms are held against EK-FAC on, and how many of them are the queries."""
+FEW = 16_384
+"""Examples of which "auto" keeps 9,220 bytes each, 150 MB in all."""
 PART = 16
 """Numbers per side that forms of a smaller projection are judged with, beside a sketch."""
 FACTORED = 256
@@ -79,12 +82,13 @@ SHARD = 1024
 @dataclass(frozen=True)
 class Form:
     """What is kept, by method. ``size``: numbers per side of the projection, 0: as many as a sketch may take;
-    ``bits`` of an example, and int8 ``numbers`` of a sketch; ``rank`` of LoRIF's factors."""
+    ``bits`` of an example, and int8 ``numbers`` of a sketch (auto, 0: see :meth:`settled`); ``rank`` of LoRIF's
+    factors."""
 
     name: str = "auto"
     size: int = 0
-    bits: int = 2016
-    numbers: int = 1792
+    bits: int = 0
+    numbers: int = 0
     rank: int = 0
     seed: int = 0
 
@@ -104,6 +108,13 @@ class Form:
             return cls(name, size or 0, n, n if name == "sketch" else 0, 0, seed)
         rank = (number or 1) if name == "lorif" else 0
         return cls(name, size or (32 if rank else 16), number or 1024, 0, rank, seed)
+
+    def settled(self, examples: int) -> Form:
+        """The form in which so many examples are kept: of up to FEW more is kept, as it costs next to nothing."""
+        if self.name != "auto" or self.bits:
+            return self
+        bits, numbers = (8192, 8192) if examples <= FEW else (2016, 1792)
+        return replace(self, bits=bits, numbers=numbers)
 
     @property
     def init(self) -> str:
@@ -255,9 +266,9 @@ def build(
     from . import ranks as by_ranks
     from . import ray_workers
 
-    form = Form.of(form) if isinstance(form, str) else form
     if not len(examples):
         raise RunError("training examples", "there is none", "one or more")
+    form = (Form.of(form) if isinstance(form, str) else form).settled(len(examples))
     if workers is not None:
         workers.check()
     many = ranks.count()
@@ -458,7 +469,8 @@ def judged(bank: GradientBank, examples: Examples, form: Form, curvature: Kronec
     tried: dict[str, Form] = {}
     if form.init == "eigen":
         tried |= {f"signs:{n}": replace(form, name="signs", bits=n) for n in (2048, 8192)}
-        tried |= {f"sketch:{n}": replace(form, name="sketch", bits=n, numbers=n) for n in (512, 8192)}
+        others = [n for n in (512, 2048, 8192) if n != form.numbers]
+        tried |= {f"sketch:{n}": replace(form, name="sketch", bits=n, numbers=n) for n in others}
     if form.init != "random":
         # Of a larger projection its leading part: what these forms would have of their own.
         part = form.size if form.init == "pca" else PART
