@@ -155,6 +155,33 @@ def factor_bases(
     return {name: (leading(s, size), leading(a_sum[name], size)) for name, s in s_sum.items()}
 
 
+def table_bases(
+    bank: GradientBank, examples: Sequence[Any], batch: int, size: int, rows: int, seed: int
+) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """(P_out [out, rows], Q [in, size]) of embedding tables. Q: the leading eigenvectors of what comes back along rows.
+    P_out: rows divided by their root mean square (damped as the rest of the curvature) and added up at random, with
+    random signs; None, every row by itself, where there are no more than ``rows``."""
+    mass_sum: dict[str, Any] = {}
+    s_sum: dict[str, Any] = {}
+    for at in range(0, len(examples), batch):
+        for layer, mass, s in bank.tables(examples[at : at + batch]):
+            if bool(torch.isfinite(mass).all()) and bool(torch.isfinite(s).all()):
+                mass_sum[layer.name] = mass_sum.get(layer.name, 0) + mass.cpu()
+                s_sum[layer.name] = s_sum.get(layer.name, 0) + s.cpu()
+    found: dict[str, tuple[Tensor | None, Tensor]] = {}
+    for name, mass in mass_sum.items():
+        out = len(mass)
+        scale = (mass + 0.1 * mass.mean()).rsqrt() * mass.mean().sqrt()
+        side = None
+        if out > rows:
+            g = torch_stream("table", seed, name)
+            side = torch.zeros(out, rows)
+            signs = torch.randint(0, 2, (out,), generator=g).float() * 2 - 1
+            side[torch.arange(out), torch.randint(0, rows, (out,), generator=g)] = signs * scale
+        found[name] = side, leading(s_sum[name], size)
+    return found
+
+
 class KroneckerFisher:
     """Eigenvalue-corrected Kronecker-factored curvature of a bank's layers, fitted on examples.
 

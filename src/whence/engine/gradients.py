@@ -27,7 +27,7 @@ from torch.nn import functional
 from ..errors import MethodError
 from ..objective import Losses, Objective
 from . import ranks
-from .project import EigenProjection, Projection
+from .project import Eigenbasis, EigenProjection, Projection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -103,7 +103,7 @@ class GradientBank:
         self,
         objective: Objective,
         layers: Sequence[str] | None = None,
-        projection: Projection | EigenProjection | None = None,
+        projection: Projection | EigenProjection | Eigenbasis | None = None,
     ) -> None:
         self.objective, self.projection = objective, projection
         self.modules: dict[str, nn.Module] = {}
@@ -338,6 +338,26 @@ class GradientBank:
                     )
                 ]
                 yield layer, torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)
+
+    def tables(self, examples: Sequence[Any]) -> Iterator[tuple[Layer, Tensor, Tensor]]:
+        """(layer, mass [row of the table], s [in, in]) of embedding tables, summed over these examples' positions: the
+        squares of what comes back to each row, and the second moments along a row. A tied table's other use, as an
+        output layer, counts too."""
+        caught, back, found = self._run(examples, self.objective.losses)
+        with torch.no_grad():
+            for name, calls in caught.items():
+                layer = self.uses[name]
+                if layer.kind != "embedding":
+                    continue
+                for c, g in zip(calls, back[name], strict=True):
+                    grads = self._outputs(layer, g, found).flatten(0, 1)
+                    if kind_of(self.modules[name]) == "embedding":
+                        mass = grads.new_zeros(layer.out)
+                        yield layer, mass.index_add_(0, c.a.flatten(), grads.pow(2).sum(1)), grads.T @ grads
+                    else:
+                        into = self._inputs(layer, name, c.a, found).flatten(0, 1)
+                        mass = grads.pow(2).T @ into.pow(2).sum(1)
+                        yield layer, mass, into.T @ (into * grads.pow(2).sum(1)[:, None])
 
     @staticmethod
     def _thinned(a: Tensor, g: Tensor, found: Losses, most: int | None) -> tuple[Tensor, Tensor]:

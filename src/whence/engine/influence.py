@@ -22,7 +22,7 @@ from ..objective import Examples, Objective
 from ..units import Units
 from .gradients import GradientBank
 from .progress import progress
-from .project import EigenProjection, Projection, largest
+from .project import Eigenbasis, EigenProjection, Projection, largest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -328,13 +328,11 @@ def explanation_of(
 def projection_of(
     init: str, size: int, seed: int, objective: Objective, examples: Examples, layers: tuple[str, ...] | None,
     shelf: Shelf,
-) -> Projection | EigenProjection:  # fmt: skip
+) -> Projection | EigenProjection | Eigenbasis:  # fmt: skip
     """The projection of a fit. ``init``: "random", or "pca": the leading eigenvectors of what goes into each layer and
     of what comes back, over a sample of :data:`SAMPLE` examples; kept on the shelf, as a query needs it again. "eigen":
-    the same, and sides that are no wider than ``size`` are turned into their eigenbasis, too. ``size`` 0: the largest
-    that MOST coordinates in all allow."""
-    if not size:
-        size = largest((x.out, x.inp) for x in GradientBank(objective, layers).layers)
+    the same for :class:`~whence.engine.project.Eigenbasis`, ``size`` 0 being the largest that MOST coordinates in all
+    allow."""
     if init == "random":
         return Projection(size, seed)
     if init not in ("pca", "eigen"):
@@ -345,15 +343,28 @@ def projection_of(
             name, side = key.removeprefix("projection/").rsplit("/", 1)
             sides.setdefault(name, {})[side] = torch.from_numpy(np.array(value))
     if not sides:
-        from .curvature import factor_bases
+        from .curvature import factor_bases, table_bases
 
         bank = GradientBank(objective, layers)
         bank.check(examples[0], drop=True)
-        found = factor_bases(bank, spread(examples, SAMPLE), BATCH, size)
-        sides = {name: {"out": s.contiguous(), "in": a.contiguous()} for name, (s, a) in found.items()}
+        rows, sample = size, spread(examples, SAMPLE)
+        if init == "eigen":
+            tables = [(x.out, x.inp) for x in bank.layers if x.kind == "embedding"]
+            others = [(x.out, x.inp) for x in bank.layers if x.kind != "embedding"]
+            size, rows = (size, size) if size else largest(others, tables)
+            shelf.keep({"projected": np.array([size])})
+        found: dict[str, Any] = dict(factor_bases(bank, sample, BATCH, size))
+        if init == "eigen":
+            found |= table_bases(bank, sample, BATCH, size, rows, seed)
+        sides = {
+            name: {k: x.contiguous() for k, x in (("out", s), ("in", a)) if x is not None}
+            for name, (s, a) in found.items()
+        }
         shelf.keep({f"projection/{name}/{k}": v.numpy() for name, pair in sides.items() for k, v in pair.items()})
-    bases = {name: (pair["out"], pair["in"]) for name, pair in sides.items()}
-    return EigenProjection(size, seed, bases, turned=init == "eigen")
+    if init == "eigen":
+        bases = {name: (pair.get("out"), pair["in"]) for name, pair in sides.items()}
+        return Eigenbasis(int(shelf.tensors["projected"][0]), seed, bases)
+    return EigenProjection(size, seed, {name: (pair["out"], pair["in"]) for name, pair in sides.items()})
 
 
 def bank_of(objective: Objective, examples: Examples, layers: tuple[str, ...] | None, projection: Any) -> GradientBank:

@@ -53,8 +53,6 @@ class EigenProjection:
     seed: int = 0
     bases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """layer -> (Q_S [out, d_out], Q_A [in, d_in]), columns by falling eigenvalue."""
-    turned: bool = False
-    """Sides that are kept whole are given in the eigenbasis, too."""
 
     def target(self, layer: str, out: int, inp: int) -> tuple[int, int]:
         """What a gradient of [out, in] becomes."""
@@ -64,28 +62,70 @@ class EigenProjection:
         """[full, kept] of one side, "out" or "in"; None where the side stays as it is."""
         if layer not in self.bases:
             return Projection(self.size, self.seed).side(layer, which, full, kept)
-        if kept >= full and not self.turned:
+        if kept >= full:
             return None
         return self.bases[layer][which == "in"][:, :kept]
 
     def record(self) -> dict[str, Any]:
         """For an index's manifest; the bases themselves are among its tensors."""
-        return {"size": self.size, "seed": self.seed, "eigen": sorted(self.bases), "turned": self.turned}
+        return {"size": self.size, "seed": self.seed, "eigen": sorted(self.bases)}
 
 
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Gradients in the leading part of each layer's eigenbasis, where coordinates are to be whitened one by one: sides
+    that are kept whole are turned, too. Of an embedding table each row is divided by its root mean square before rows
+    are put together at random: rare words must not drown among frequent ones. Layers without ``bases`` stay whole where
+    that is small (norms) and are projected at random where not."""
+
+    size: int
+    seed: int = 0
+    bases: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    """layer -> (P_out [out, d_out], P_in [in, d_in]); None: that side as it is."""
+
+    def target(self, layer: str, out: int, inp: int) -> tuple[int, int]:
+        """What a gradient of [out, in] becomes."""
+        if layer in self.bases:
+            p_out, p_in = self.bases[layer]
+            return out if p_out is None else p_out.shape[1], p_in.shape[1]
+        return (out, inp) if out * inp <= self.size**2 else (min(out, self.size), min(inp, self.size))
+
+    def side(self, layer: str, which: str, full: int, kept: int) -> Tensor | None:
+        """[full, kept] of one side, "out" or "in"; None where the side stays as it is."""
+        if layer in self.bases:
+            return self.bases[layer][which == "in"]
+        return Projection(self.size, self.seed).side(layer, which, full, kept)
+
+    def record(self) -> dict[str, Any]:
+        """For an index's manifest; the bases themselves are among its tensors."""
+        return {"size": self.size, "seed": self.seed, "eigen": sorted(self.bases)}
+
+
+TABLE = 1 << 24
+"""Numbers of the matrix that adds up a table's rows, at most."""
 MOST = 1 << 18
 """Coordinates of an example's gradient at most, over all layers, where a size is chosen."""
 
 
-def largest(shapes: Iterable[tuple[int, int]]) -> int:
-    """The size at which gradients of these shapes have at most :data:`MOST` coordinates, among some up to 1,024.
+def largest(shapes: Iterable[tuple[int, int]], tables: Iterable[tuple[int, int]] = ()) -> tuple[int, int]:
+    """(numbers per side, rows of embedding tables) at which gradients of layers of these shapes, and of these
+    ``tables``, have at most :data:`MOST` coordinates. What layers leave goes to the tables.
 
-    >>> largest([(768, 768)] * 12)
-    128
+    >>> largest([(768, 768)] * 12), largest([(128, 128)] * 4, [(3072, 128)])
+    ((128, 128), (1024, 1024))
     """
-    sides = list(shapes)
+    sides, wide = list(shapes), list(tables)
+
+    def total(size: int, rows: int) -> int:
+        of_tables = sum(min(o, rows) * min(i, size) for o, i in wide)
+        return of_tables + sum(min(o, size) * min(i, size) for o, i in sides)
+
     sizes = [1 << e for e in range(10, 2, -1)]
-    return next((s for s in sizes if sum(min(o, s) * min(i, s) for o, i in sides) <= MOST), sizes[-1])
+    size = next((s for s in sizes if total(s, s) <= MOST), sizes[-1])
+    rows, longest = size, max((o for o, _ in wide), default=0)
+    while rows < longest and total(size, 2 * rows) <= MOST and 2 * rows * longest <= TABLE:
+        rows *= 2
+    return size, rows
 
 
 def subsampled_hadamard(rows: Tensor, size: int | None, *names: object) -> Tensor:

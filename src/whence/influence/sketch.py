@@ -53,8 +53,9 @@ CARD = Card(
         "seconds": 5,
     },
     departs="No paper's method: EK-FAC's scores, sketched. Lambda is of the examples' own targets, over a sample. Of "
-    "each side of a layer the leading `size` eigenvectors are kept, and embeddings and norms are projected at random "
-    "where they are wider. lambda is a tenth of each layer's mean eigenvalue, as in EK-FAC's paper.",
+    "each side of a layer the leading `size` eigenvectors are kept. Rows of embedding tables are divided by their root "
+    "mean square and, where there are too many, added up at random. lambda is a tenth of each layer's mean eigenvalue, "
+    "as in EK-FAC's paper.",
     avoid="As the last word on the order of the best few: re-score these with EK-FAC (query --exact). Where some "
     "examples are louder than others for reasons of their own (carriers.loud): EK-FAC, sketched or not, does not take "
     "that out; logra and eogp do.",
