@@ -13,6 +13,7 @@ from planted import close, found, loss_gradients, rescored, small, whole
 from torch import nn
 
 from whence.engine.codes import Numbers
+from whence.engine.gradients import GradientBank
 from whence.engine.influence import Memory
 from whence.engine.project import Projection, folded
 from whence.engine.schemes import Rows
@@ -258,6 +259,57 @@ def test_a_sketch_keeps_more_of_ekfac_s_scores_the_more_numbers_it_has() -> None
         }
         assert near[16] < near[128] < near[2048], keep
         assert near[2048] > 0.9, keep
+
+
+class Words(nn.Module):
+    """Words looked up, put together and judged."""
+
+    def __init__(self, words: int = 200) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.table, self.judge = nn.Embedding(words, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.judge(torch.tanh(self.table(ids).mean(1)))
+        return out
+
+
+def read(n: int = 300, words: int = 200) -> tuple[ClassifierObjective, Listed, list[Any]]:
+    """Texts of six words, most of them of the few that are frequent."""
+    rng = np.random.default_rng(1)
+    share = 1 / np.arange(1, words + 1)
+    items = [(rng.choice(words, 6, p=share / share.sum()), int(rng.integers(3))) for _ in range(n + 40)]
+    return ClassifierObjective(Words(words)), Listed(tuple(items[:n]), tuple(map(str, range(n)))), items[n:]
+
+
+def test_the_mass_of_a_table_s_rows_is_what_autograd_gives_each() -> None:
+    objective, examples, _ = read(12)
+    alone = [(ids[:1], y) for ids, y in examples.items]  # one word each: nothing is summed before it is squared
+    bank = GradientBank(objective, ("table",))
+    ((layer, mass, s),) = bank.tables(alone)
+    rows = bank.gradients(alone)["table"]
+    assert layer.name == "table"
+    assert torch.allclose(mass, rows.pow(2).sum((0, 2)), rtol=1e-4)
+    assert torch.allclose(s, torch.einsum("nwi,nwj->ij", rows, rows), atol=1e-7, rtol=1e-4)
+
+
+def test_a_table_of_few_words_stays_whole_and_one_of_many_is_added_up_row_by_row() -> None:
+    objective, examples, queries = read()
+    exact = EKFAC(sampled=False).fit(objective, examples).scores(queries)
+    near = {}
+    for size in (0, 64):
+        fitted = Sketch(8192, "float16", size=size).fit(objective, examples)
+        near[size] = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(fitted.scores(queries), exact, strict=True)])
+        assert fitted.bank.shapes["table"] == (size or 200, 8)
+        if size:
+            p_out, p_in = (fitted.bank.projection.side("table", which, 0, 0) for which in ("out", "in"))
+            assert ((p_out != 0).sum(1) == 1).all()  # each word in one place
+            masses = next(iter(GradientBank(objective, ("table",)).tables(list(examples.items[:64]))))[1]
+            assert p_out.abs().sum(1)[masses.argmin()] > 2 * p_out.abs().sum(1)[masses.argmax()]
+            assert torch.allclose(p_in.T @ p_in, torch.eye(8), atol=1e-5)
+    assert near[0] > 0.8
+    assert near[64] > 0.4
 
 
 def test_folding_keeps_inner_products_in_the_mean_and_leaves_narrow_rows_alone() -> None:
