@@ -46,6 +46,7 @@ from ..engine.influence import (
 )  # fmt: skip
 from ..engine.influence import build as run
 from ..engine.progress import progress
+from ..engine.project import Projection
 from ..engine.stages import Both, Found, once_more, search
 from ..errors import OutputError, RunError
 from ..influence.eogp import EOGP
@@ -472,7 +473,6 @@ def judged(bank: GradientBank, examples: Examples, form: Form, curvature: Kronec
         others = [n for n in (512, 2048, 8192) if n != form.numbers]
         tried |= {f"sketch:{n}": replace(form, name="sketch", bits=n, numbers=n) for n in others}
     if form.init != "random":
-        # Of a larger projection its leading part: what these forms would have of their own.
         part = form.size if form.init == "pca" else PART
         own_size = {n: replace(form, name="bits", bits=n, size=part) for n in (256, 1024, 4096)}
         tried |= {f"bits:{n}": one for n, one in own_size.items()}
@@ -484,7 +484,7 @@ def judged(bank: GradientBank, examples: Examples, form: Form, curvature: Kronec
     found = []
     for name, one in tried.items():
         k = one.size if one.init == "pca" else None
-        given, asked = ({n: g[:, :k, :k] for n, g in some.items()} for some in (gradients, of_queries))
+        given, asked = (_leading(bank, some, k) for some in (gradients, of_queries))
         shelf, scheme = Memory(), one.scheme({n: (g.shape[1], g.shape[2]) for n, g in given.items()})
         scheme.learn(given)
         shelf.append(scheme.encode(given))
@@ -499,6 +499,21 @@ def judged(bank: GradientBank, examples: Examples, form: Form, curvature: Kronec
             values.append((ndcg_score([gain], [scores[q][others]], k=20) if gain.any() else 0.0, rank))
         ndcg, rho = np.mean(values, 0)
         found.append(Judged(name, sum(scheme.planes.values()), float(ndcg), float(rho)))
+    return found
+
+
+def _leading(bank: GradientBank, gradients: Mapping[str, Tensor], k: int | None) -> dict[str, Tensor]:
+    """What forms of ``k`` numbers per side would have of their own: of layers in their eigenbasis the leading part, of
+    others, whose order says nothing, a random projection. None: all."""
+    if k is None:
+        return dict(gradients)
+    found, sorted_ones = {}, set(bank.factored)
+    for name, g in gradients.items():
+        if name not in sorted_ones:
+            for axis, which in ((1, "out"), (2, "in")):
+                side = Projection(k).side(name, which, g.shape[axis], min(g.shape[axis], k))
+                g = g if side is None else torch.tensordot(g, side.to(g), ([axis], [0])).movedim(-1, axis)
+        found[name] = g[:, :k, :k]
     return found
 
 
