@@ -157,10 +157,10 @@ def factor_bases(
 
 def table_bases(
     bank: GradientBank, examples: Sequence[Any], batch: int, size: int, rows: int, seed: int
-) -> dict[str, tuple[Tensor | None, Tensor]]:
-    """(P_out [out, rows], Q [in, size]) of embedding tables. Q: the leading eigenvectors of what comes back along rows.
+) -> dict[str, tuple[Tensor, Tensor] | None]:
+    """(P_out [out, rows], Q [in, size]) of embedding tables; None, all as it is, of one that has no more than ``rows``.
     P_out: rows divided by their root mean square (damped as the rest of the curvature) and added up at random, with
-    random signs; None, every row by itself, where there are no more than ``rows``."""
+    random signs. Q: the leading eigenvectors of what comes back along rows."""
     mass_sum: dict[str, Any] = {}
     s_sum: dict[str, Any] = {}
     for at in range(0, len(examples), batch):
@@ -168,16 +168,17 @@ def table_bases(
             if bool(torch.isfinite(mass).all()) and bool(torch.isfinite(s).all()):
                 mass_sum[layer.name] = mass_sum.get(layer.name, 0) + mass.cpu()
                 s_sum[layer.name] = s_sum.get(layer.name, 0) + s.cpu()
-    found: dict[str, tuple[Tensor | None, Tensor]] = {}
+    found: dict[str, tuple[Tensor, Tensor] | None] = {}
     for name, mass in mass_sum.items():
         out = len(mass)
+        if out <= rows:
+            found[name] = None
+            continue
         scale = (mass + 0.1 * mass.mean()).rsqrt() * mass.mean().sqrt()
-        side = None
-        if out > rows:
-            g = torch_stream("table", seed, name)
-            side = torch.zeros(out, rows)
-            signs = torch.randint(0, 2, (out,), generator=g).float() * 2 - 1
-            side[torch.arange(out), torch.randint(0, rows, (out,), generator=g)] = signs * scale
+        g = torch_stream("table", seed, name)
+        side = torch.zeros(out, rows)
+        signs = torch.randint(0, 2, (out,), generator=g).float() * 2 - 1
+        side[torch.arange(out), torch.randint(0, rows, (out,), generator=g)] = signs * scale
         found[name] = side, leading(s_sum[name], size)
     return found
 

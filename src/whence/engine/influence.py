@@ -357,12 +357,12 @@ def projection_of(
         if init == "eigen":
             found |= table_bases(bank, sample, BATCH, size, rows, seed)
         sides = {
-            name: {k: x.contiguous() for k, x in (("out", s), ("in", a)) if x is not None}
-            for name, (s, a) in found.items()
+            name: {"out": pair[0].contiguous(), "in": pair[1].contiguous()} if pair else {"whole": torch.ones(1)}
+            for name, pair in found.items()
         }
         shelf.keep({f"projection/{name}/{k}": v.numpy() for name, pair in sides.items() for k, v in pair.items()})
     if init == "eigen":
-        bases = {name: (pair.get("out"), pair["in"]) for name, pair in sides.items()}
+        bases = {name: None if "whole" in pair else (pair["out"], pair["in"]) for name, pair in sides.items()}
         return Eigenbasis(int(shelf.tensors["projected"][0]), seed, bases)
     return EigenProjection(size, seed, {name: (pair["out"], pair["in"]) for name, pair in sides.items()})
 

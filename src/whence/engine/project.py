@@ -74,26 +74,27 @@ class EigenProjection:
 @dataclass(frozen=True)
 class Eigenbasis:
     """Gradients in the leading part of each layer's eigenbasis, where coordinates are to be whitened one by one: sides
-    that are kept whole are turned, too. Of an embedding table each row is divided by its root mean square before rows
-    are put together at random: rare words must not drown among frequent ones. Layers without ``bases`` stay whole where
-    that is small (norms) and are projected at random where not."""
+    that are kept whole are turned, too. Embedding tables are whitened word by word: they stay as they are, or each row
+    is divided by its root mean square before rows are put together at random, as rare words would drown among frequent
+    ones. Layers without ``bases`` stay whole where that is small (norms) and are projected at random where not."""
 
     size: int
     seed: int = 0
-    bases: dict[str, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
-    """layer -> (P_out [out, d_out], P_in [in, d_in]); None: that side as it is."""
+    bases: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    """layer -> (P_out [out, d_out], P_in [in, d_in]); None: the layer as it is."""
 
     def target(self, layer: str, out: int, inp: int) -> tuple[int, int]:
         """What a gradient of [out, in] becomes."""
         if layer in self.bases:
-            p_out, p_in = self.bases[layer]
-            return out if p_out is None else p_out.shape[1], p_in.shape[1]
+            sides = self.bases[layer]
+            return (sides[0].shape[1], sides[1].shape[1]) if sides else (out, inp)
         return (out, inp) if out * inp <= self.size**2 else (min(out, self.size), min(inp, self.size))
 
     def side(self, layer: str, which: str, full: int, kept: int) -> Tensor | None:
         """[full, kept] of one side, "out" or "in"; None where the side stays as it is."""
         if layer in self.bases:
-            return self.bases[layer][which == "in"]
+            sides = self.bases[layer]
+            return sides[which == "in"] if sides else None
         return Projection(self.size, self.seed).side(layer, which, full, kept)
 
     def record(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def largest(shapes: Iterable[tuple[int, int]], tables: Iterable[tuple[int, int]]
     sides, wide = list(shapes), list(tables)
 
     def total(size: int, rows: int) -> int:
-        of_tables = sum(min(o, rows) * min(i, size) for o, i in wide)
+        of_tables = sum(o * i if o <= rows else rows * min(i, size) for o, i in wide)
         return of_tables + sum(min(o, size) * min(i, size) for o, i in sides)
 
     sizes = [1 << e for e in range(10, 2, -1)]
