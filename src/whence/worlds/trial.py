@@ -257,13 +257,13 @@ def once(explain: Explainer) -> Explainer:
     return explain_once
 
 
-def shuffled(explain: Explainer) -> Explainer:
-    """The explainer's own scores, given to the wrong units."""
+def shuffled(explain: Explainer, throw: int = 0) -> Explainer:
+    """The explainer's own scores, given to the wrong units; ``throw``: another shuffle of the same."""
 
     def explain_shuffled(question: Any) -> NDArray[np.float64]:
         scores = Answer.of(explain(question), question.units).scores
         names = (*question.units.labels, question.readout, scores.tobytes().hex())  # another order for the sibling
-        return scores[stream("control", "shuffled", *names).permutation(len(scores))]
+        return scores[stream("control", "shuffled", *names, *([throw] if throw else ())).permutation(len(scores))]
 
     return explain_shuffled
 
