@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from ..engine.crew import Workers
     from ..objective import Examples, Objective
 
-FORMS = "auto, sketch:N, signs:N, bits:N, int8, lorif:C"
+FORMS = "auto, sketch:N, signs:N, bits:N (N: 8 or more), int8, lorif:C"
 SECONDS, MOST_EXACT = 10.0, 256
 """What the last stage may take unless it is said how many it is of, and how many of each end at most."""
 JUDGED, ASKED = 64, 8
