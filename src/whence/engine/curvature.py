@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import RunError
 from .gradients import GradientBank
 from .progress import progress
+from .project import largest
 from .randomness import torch_stream
 
 GRID = tuple(10.0 ** (e / 2) for e in range(-8, 5))
@@ -181,6 +182,20 @@ def table_bases(
         side[torch.arange(out), torch.randint(0, rows, (out,), generator=g)] = signs * scale
         found[name] = side, leading(s_sum[name], size)
     return found
+
+
+def eigenbases(
+    bank: GradientBank, examples: Sequence[Any], batch: int, size: int, seed: int
+) -> tuple[int, dict[str, tuple[Tensor, Tensor] | None]]:
+    """(numbers per side, what :class:`~whence.engine.project.Eigenbasis` takes of each layer); ``size`` 0: the largest
+    that is affordable."""
+    rows = size
+    if not size:
+        tables = [(x.out, x.inp) for x in bank.layers if x.kind == "embedding"]
+        size, rows = largest([(x.out, x.inp) for x in bank.layers if x.kind != "embedding"], tables)
+    return size, {
+        **factor_bases(bank, examples, batch, size), **table_bases(bank, examples, batch, size, rows, seed)
+    }  # fmt: skip
 
 
 class KroneckerFisher:

@@ -22,7 +22,7 @@ from ..objective import Examples, Objective
 from ..units import Units
 from .gradients import GradientBank
 from .progress import progress
-from .project import Eigenbasis, EigenProjection, Projection, largest
+from .project import Eigenbasis, EigenProjection, Projection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -337,34 +337,38 @@ def projection_of(
         return Projection(size, seed)
     if init not in ("pca", "eigen"):
         raise RunError(f"a projection by {init!r}", "no such projection", "pca, eigen, random")
-    sides: dict[str, dict[str, Tensor]] = {}
+    from .curvature import eigenbases, factor_bases
+
+    sides = _sides(shelf)
+    if not sides:
+        bank = GradientBank(objective, layers)
+        bank.check(examples[0], drop=True)
+        sample = spread(examples, SAMPLE)
+        found: Mapping[str, tuple[Tensor, Tensor] | None]
+        if init == "pca":
+            found = factor_bases(bank, sample, BATCH, size)
+        else:
+            size, found = eigenbases(bank, sample, BATCH, size, seed)
+        learned = {"projected": np.array([size])}
+        for name, pair in found.items():
+            own = {"out": pair[0], "in": pair[1]} if pair else {"whole": torch.ones(1)}
+            learned |= {f"projection/{name}/{k}": x.contiguous().numpy() for k, x in own.items()}
+        shelf.keep(learned)  # at once: a build that goes on must not find half of it
+        sides = _sides(shelf)
+    if init == "pca":
+        return EigenProjection(size, seed, {name: (pair["out"], pair["in"]) for name, pair in sides.items()})
+    bases = {name: None if "whole" in pair else (pair["out"], pair["in"]) for name, pair in sides.items()}
+    return Eigenbasis(int(shelf.tensors["projected"][0]), seed, bases)
+
+
+def _sides(shelf: Shelf) -> dict[str, dict[str, Tensor]]:
+    """layer -> what was kept of its projection."""
+    found: dict[str, dict[str, Tensor]] = {}
     for key, value in shelf.tensors.items():
         if key.startswith("projection/"):
             name, side = key.removeprefix("projection/").rsplit("/", 1)
-            sides.setdefault(name, {})[side] = torch.from_numpy(np.array(value))
-    if not sides:
-        from .curvature import factor_bases, table_bases
-
-        bank = GradientBank(objective, layers)
-        bank.check(examples[0], drop=True)
-        rows, sample = size, spread(examples, SAMPLE)
-        if init == "eigen":
-            tables = [(x.out, x.inp) for x in bank.layers if x.kind == "embedding"]
-            others = [(x.out, x.inp) for x in bank.layers if x.kind != "embedding"]
-            size, rows = (size, size) if size else largest(others, tables)
-            shelf.keep({"projected": np.array([size])})
-        found: dict[str, Any] = dict(factor_bases(bank, sample, BATCH, size))
-        if init == "eigen":
-            found |= table_bases(bank, sample, BATCH, size, rows, seed)
-        sides = {
-            name: {"out": pair[0].contiguous(), "in": pair[1].contiguous()} if pair else {"whole": torch.ones(1)}
-            for name, pair in found.items()
-        }
-        shelf.keep({f"projection/{name}/{k}": v.numpy() for name, pair in sides.items() for k, v in pair.items()})
-    if init == "eigen":
-        bases = {name: None if "whole" in pair else (pair["out"], pair["in"]) for name, pair in sides.items()}
-        return Eigenbasis(int(shelf.tensors["projected"][0]), seed, bases)
-    return EigenProjection(size, seed, {name: (pair["out"], pair["in"]) for name, pair in sides.items()})
+            found.setdefault(name, {})[side] = torch.from_numpy(np.array(value))
+    return found
 
 
 def bank_of(objective: Objective, examples: Examples, layers: tuple[str, ...] | None, projection: Any) -> GradientBank:

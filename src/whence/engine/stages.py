@@ -28,7 +28,8 @@ SHARE = 0.02
 
 
 class Both:
-    """A scheme that keeps what ``small`` and what ``large`` keep. Its own score is the large one's."""
+    """Everything is scanned by ``small``, and what is worth it scored by ``large``; its own score is the large one's. A
+    scheme that also learns and encodes extends it."""
 
     def __init__(self, small: Scheme, large: Scheme) -> None:
         self.small, self.large = small, large
@@ -38,24 +39,9 @@ class Both:
     def planes(self) -> dict[str, int]:
         return {**self.small.planes, **self.large.planes}
 
-    def learn(self, gradients: Mapping[str, Tensor]) -> None:
-        self.small.learn(gradients)
-        self.large.learn(gradients)
-
-    def encode(self, gradients: Mapping[str, Tensor]) -> dict[str, NDArray[np.uint8]]:
-        return {**self.small.encode(gradients), **self.large.encode(gradients)}
-
     def finish(self, shelf: Shelf) -> None:
         self.small.finish(shelf)
         self.large.finish(shelf)
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        parts = (("small", self.small), ("large", self.large))
-        return {f"{size}/{k}": v for size, scheme in parts for k, v in scheme.tensors().items()}
-
-    def restore(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        for size, scheme in (("small", self.small), ("large", self.large)):
-            scheme.restore({k.removeprefix(f"{size}/"): v for k, v in tensors.items() if k.startswith(f"{size}/")})
 
     def prepare(self, gradients: Mapping[str, Tensor]) -> tuple[Any, Any]:
         return self.small.prepare(gradients), self.large.prepare(gradients)
