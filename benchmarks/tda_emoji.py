@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.recording import arguments, publish
+from benchmarks.trained_again import of_each, once, without
 from whence.checks.lds import correlations, score
 from whence.engine.progress import progress
 from whence.engine.randomness import stream, torch_stream
@@ -97,21 +98,19 @@ def outputs(model: Any, kept: np.ndarray, steps: int, work: Path, what: str, see
         read = torch.stack([objective.read(caption) for caption, _ in examples])
     found = np.zeros((len(kept), len(queries)))
     was = model.pipeline.unet
+
+    def losses(keep: np.ndarray) -> np.ndarray:
+        model.pipeline.unet = trained_on(model, latents, read, keep, steps, seed)
+        try:
+            with torch.no_grad():
+                return np.array([float(objective.losses([q]).values.sum()) for q in queries])
+        finally:
+            model.pipeline.unet = was
+
     with progress(what, total=len(kept), unit="trainings") as advance:
         for j, keep in enumerate(kept):
             name = hashlib.sha256(repr((model.fingerprint, steps, seed)).encode() + np.packbits(keep).tobytes())
-            path = work / f"{name.hexdigest()[:32]}.npy"
-            if not path.exists():
-                model.pipeline.unet = trained_on(model, latents, read, keep, steps, seed)
-                try:
-                    with torch.no_grad():
-                        losses = [float(objective.losses([q]).values.sum()) for q in queries]
-                finally:
-                    model.pipeline.unet = was
-                part = path.with_suffix(".part.npy")
-                np.save(part, np.array(losses))
-                part.rename(path)
-            found[j] = -np.load(path)
+            found[j] = -once(work / f"{name.hexdigest()[:32]}.npy", lambda keep=keep: losses(keep))
             advance(1)
     return found
 
@@ -125,13 +124,10 @@ def left_out(model: Any, scores: dict[str, np.ndarray], asked: int, steps: int, 
     gone["random"], gone["others"] = (
         np.stack([dice.permutation(n)[:LEFT_OUT] for _ in range(asked)]) for _ in range(2)
     )
-    keep = np.ones((len(gone) * asked + 1, n), bool)
-    for row, numbers in zip(keep, np.concatenate(list(gone.values())), strict=False):
-        row[numbers] = False
-    told = outputs(model, keep, steps, work, "training without them")
-    loss = {name: np.array([-told[k * asked + q, q] for q in range(asked)]) for k, name in enumerate(gone)}
-    others, whole = loss.pop("others"), -told[-1, :asked]
-    return {name: (own - others) / whole for name, own in loss.items()}
+    told = outputs(model, without(gone, n), steps, work, "training without them")
+    value, whole = of_each(gone, told), -told[-1, :asked]
+    others = value.pop("others")
+    return {name: (others - own) / whole for name, own in value.items()}
 
 
 def alike(queries: Any, examples: Any) -> dict[str, np.ndarray]:

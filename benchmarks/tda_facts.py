@@ -34,6 +34,7 @@ import torch
 
 from benchmarks.recording import arguments, publish
 from benchmarks.tda_quality import FORMS
+from benchmarks.trained_again import of_each, once, without
 from whence.checks.lds import score
 from whence.engine.progress import progress
 from whence.engine.randomness import stream
@@ -97,20 +98,20 @@ def outputs(
 ) -> np.ndarray:
     """Log-probabilities of the towns after teaching what is kept, mean over seeds: [teaching, person]."""
     people, found = questions(), np.zeros((len(kept), len(corpus.PEOPLE)))
+
+    def losses(keep: np.ndarray, seed: int) -> np.ndarray:
+        objective = taught(base, documents, keep, epochs, seed)
+        with torch.no_grad():
+            values: np.ndarray = objective.losses(people).values.numpy()
+        return values
+
     with progress(what, total=len(kept) * seeds, unit="teachings") as advance:
         for j, keep in enumerate(kept):
             for seed in range(seeds):
                 name = hashlib.sha256(repr((KEY, base.fingerprint(), epochs, seed)).encode())
                 name.update(np.packbits(keep).tobytes())
                 path = work / f"{name.hexdigest()[:32]}.npy"
-                if not path.exists():
-                    objective = taught(base, documents, keep, epochs, seed)
-                    with torch.no_grad():
-                        losses = objective.losses(people).values
-                    part = path.with_suffix(".part.npy")
-                    np.save(part, losses.numpy())
-                    part.rename(path)
-                found[j] -= np.load(path) / seeds
+                found[j] -= once(path, lambda keep=keep, seed=seed: losses(keep, seed)) / seeds
                 advance(1)
     return found
 
@@ -152,13 +153,9 @@ def left_out(base: Any, documents: Listed, towns: dict[str, list[int]], scores: 
         rows.append(np.concatenate([stated, rest])[:LEFT_OUT])
     gone["all that state it"] = np.stack(rows)
     gone["others"] = np.stack([dice.permutation(n)[:LEFT_OUT] for _ in range(people)])
-    keep = np.ones((len(gone) * people + 1, n), bool)
-    for row, numbers in zip(keep, np.concatenate(list(gone.values())), strict=False):
-        row[numbers] = False
-    told = outputs(base, documents, keep, epochs, 1, work, "teaching without them")
-    fall = {name: np.array([-told[k * people + q, q] for q in range(people)]) for k, name in enumerate(gone)}
-    others = fall.pop("others")
-    return {name: own - others for name, own in fall.items()}
+    value = of_each(gone, outputs(base, documents, without(gone, n), epochs, 1, work, "teaching without them"))
+    others = value.pop("others")
+    return {name: others - own for name, own in value.items()}
 
 
 def main() -> None:

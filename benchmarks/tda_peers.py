@@ -37,6 +37,7 @@ import numpy as np
 from benchmarks.peer_process import FailedError, Side, python_for
 from benchmarks.peer_turns import Works
 from benchmarks.recording import arguments, publish
+from benchmarks.trained_again import once
 
 DATA = Path(os.environ.get("WHENCE_DATA", "../shared/data"))
 LENGTH, WORDS = 64, 256
@@ -222,18 +223,17 @@ def retrained(world: World, place: Path, halves: int, seeds: int) -> tuple[np.nd
     folder.mkdir(parents=True, exist_ok=True)
     found = np.zeros((seeds, halves, len(queries)))
     rows, asked = torch.from_numpy(train), torch.from_numpy(queries)
+
+    def told(j: int, seed: int) -> np.ndarray:
+        model = trained(world, rows, kept[j], seed)
+        with torch.no_grad():
+            value: np.ndarray = losses(model, asked).numpy()
+        return value
+
     with progress("retraining", total=halves * seeds, unit="models") as advance:
         for s in range(seeds):
             for j in range(halves):
-                path = folder / f"{j}-{s}.npy"
-                if not path.exists():
-                    with torch.no_grad():
-                        with torch.enable_grad():
-                            model = trained(world, rows, kept[j], s)
-                        value = losses(model, asked).numpy()
-                    np.save(folder / f"{j}-{s}.part.npy", value)
-                    (folder / f"{j}-{s}.part.npy").rename(path)
-                found[s, j] = -np.load(path)
+                found[s, j] = -once(folder / f"{j}-{s}.npy", lambda j=j, s=s: told(j, s))
                 advance(1)
             _say(f"retrained on {halves} halves, seed {s}")
     return kept, found.mean(0)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.recording import RESULTS, arguments, publish
+from benchmarks.trained_again import of_each, without
 from whence.checks.lds import correlations, score
 from whence.engine.progress import progress
 from whence.engine.randomness import stream
@@ -119,16 +120,9 @@ def left_out(own: Any, told: dict[str, np.ndarray], seeds: int) -> dict[str, dic
     dice = stream("tda_quality", "left out")
     gone = {name: np.argsort(-scores[:ASKED], axis=1)[:, :LEFT_OUT] for name, scores in told.items()}
     gone["others"] = np.stack([dice.permutation(n)[:LEFT_OUT] for _ in range(ASKED)])
-    keep = np.ones((len(gone) * ASKED + 1, n), bool)
-    for i, rows in enumerate(np.concatenate(list(gone.values()))):
-        keep[i, rows] = False
-    outputs = own.retrained(keep, range(seeds)).mean(0)
-    fall = {
-        name: np.array([outputs[-1, q] - outputs[k * ASKED + q, q] for q in range(ASKED)])
-        for k, name in enumerate(gone)
-    }
-    others = fall.pop("others")
-    return {name: Score.of("fall", "log-odds", own - others).record() for name, own in fall.items()}
+    value = of_each(gone, own.retrained(without(gone, n), range(seeds)).mean(0))
+    others = value.pop("others")
+    return {name: Score.of("fall", "log-odds", others - own).record() for name, own in value.items()}
 
 
 def _bytes(fitted: Any) -> dict[str, int]:
